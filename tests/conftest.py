@@ -1,0 +1,24 @@
+"""Shared by every test: few threads, no network at run time, and where the public data lies."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+SHARED = Path(os.environ.get("CRIADERO_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of public test data (tokenizer files, small trained weights, corpora); see docs."""
+    if not SHARED.is_dir():
+        if os.environ.get("CI"):
+            pytest.fail(f"CI must not run without the public test data: {SHARED} is missing")
+        pytest.skip(f"the public test data is not here: {SHARED}")
+    return SHARED
