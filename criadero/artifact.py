@@ -678,7 +678,7 @@ def _role(path: str) -> str:
 
 
 def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")  # fine enough to tell two sealings apart
 
 
 def _command() -> str:
