@@ -1,0 +1,130 @@
+"""AdamW and Muon with float32 masters, and the learning-rate schedules.
+
+The model computes in its own dtype (often bf16); the optimizer owns a float32 copy of every trained tensor, updates that,
+and writes the rounded result back. Gradients are summed in float32, over micro-batches too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of Muon (K. Jordan, 2024)
+
+
+def orthogonalise(matrix: Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrix, roughly, by Newton-Schulz iterations: ``[m, n]`` float32 -> ``[m, n]`` float32.
+
+    Muon (https://kellerjordan.github.io/posts/muon). ``dtype`` is of the iteration, which tolerates bf16.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = (matrix / (matrix.norm() + 1e-7)).to(dtype)
+    tall = x.shape[0] > x.shape[1]
+    x = x.t() if tall else x
+    for _ in range(steps):
+        square = x @ x.t()
+        x = a * x + (b * square + c * (square @ square)) @ x
+    return (x.t() if tall else x).float()
+
+
+class Optimizer:
+    """AdamW (arXiv 1711.05101) for every tensor, or Muon for the matrices inside the blocks and AdamW for the rest.
+
+    Muon's update is scaled by ``0.2 * sqrt(max(m, n))`` so that one learning rate and one weight decay serve both
+    (Moonlight, arXiv 2502.16982, section 2.2). Weight decay touches matrices only.
+    """
+
+    def __init__(
+        self, parameters: Iterable[tuple[str, nn.Parameter]], *, method: str, weight_decay: float,
+        betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, momentum: float = 0.95,
+        scales: dict[str, float] | None = None,
+    ) -> None:  # fmt: skip
+        self.parameters = dict(parameters)
+        self.weight_decay, self.betas, self.eps, self.momentum = weight_decay, betas, eps, momentum
+        self.scales = scales or {}  # learning-rate factor by parameter name, 1.0 when absent
+        self.muon = {
+            name for name, p in self.parameters.items() if method == "muon" and p.ndim == 2 and ".layers." in f".{name}"
+        }
+        self.masters = {name: p.detach().float().clone() for name, p in self.parameters.items()}
+        self.first = {name: torch.zeros_like(m) for name, m in self.masters.items()}
+        self.second = {name: torch.zeros_like(m) for name, m in self.masters.items() if name not in self.muon}
+        self.grads = {name: torch.zeros_like(m) for name, m in self.masters.items()}
+        self.steps = 0
+
+    def collect(self) -> None:
+        """Add every ``.grad`` to the float32 sums and clear it."""
+        for name, p in self.parameters.items():
+            if p.grad is not None:
+                self.grads[name] += p.grad
+                p.grad = None
+
+    @torch.no_grad()
+    def step(self, lr: float, *, divide_by: float, clip: float) -> float:
+        """One update with the summed gradients divided by ``divide_by`` and clipped to norm ``clip``; returns the norm before
+        clipping. A gradient that is not finite raises ``FloatingPointError`` and changes nothing."""
+        norm = math.sqrt(sum(float(g.square().sum()) for g in self.grads.values())) / divide_by
+        if not math.isfinite(norm):
+            raise FloatingPointError("the gradient is not finite")
+        factor = min(1.0, clip / (norm + 1e-6)) / divide_by if clip > 0 else 1.0 / divide_by
+        self.steps += 1
+        beta1, beta2 = self.betas
+        correct1, correct2 = 1 - beta1**self.steps, 1 - beta2**self.steps
+        for name, master in self.masters.items():
+            grad = self.grads[name].mul_(factor)
+            rate = lr * self.scales.get(name, 1.0)
+            if master.ndim == 2 and self.weight_decay:
+                master.mul_(1 - rate * self.weight_decay)
+            first = self.first[name]
+            if name in self.muon:
+                first.lerp_(grad, 1 - self.momentum)
+                nesterov = grad.lerp(first, self.momentum)
+                update = orthogonalise(nesterov, self.parameters[name].dtype)
+                master.sub_(update, alpha=rate * 0.2 * math.sqrt(max(master.shape)))
+            else:
+                second = self.second[name]
+                first.lerp_(grad, 1 - beta1)
+                second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+                master.addcdiv_(first, (second / correct2).sqrt_().add_(self.eps), value=-rate / correct1)
+            self.parameters[name].copy_(master)
+            grad.zero_()
+        return norm
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything an exact resume needs, as named float32 tensors (the gradient sums are empty between steps)."""
+        parts = {"master": self.masters, "first": self.first, "second": self.second}
+        return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor], steps: int) -> None:
+        """Restore what `state` gave, and the model's own tensors from the masters."""
+        mine = self.state()
+        if mine.keys() != state.keys():
+            odd = sorted(mine.keys() ^ state.keys())
+            raise KeyError(f"the checkpoint is of another model: {odd[0]} and {len(odd) - 1} more do not match")
+        for name, tensor in mine.items():
+            tensor.copy_(state[name])
+        for name, p in self.parameters.items():
+            p.copy_(self.masters[name])
+        self.steps = steps
+
+
+def learning_rate(step: int, steps: int, *, schedule: str, warmup: float, decay: float, floor: float) -> float:
+    """The factor on the peak learning rate at ``step`` (0-based) of ``steps``.
+
+    ``wsd``: warm up over the fraction ``warmup``, hold, fall in a straight line to ``floor`` over the last fraction ``decay``
+    (arXiv 2404.06395). ``cosine``: warm up, then half a cosine down to ``floor`` (Llama 2, section 2.2). ``constant``.
+    """
+    rise = max(1, round(warmup * steps)) if warmup > 0 else 0
+    if step < rise:
+        return (step + 1) / rise
+    if schedule == "constant":
+        return 1.0
+    if schedule == "cosine":
+        done = (step - rise) / max(1, steps - rise)
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    fall = max(1, round(decay * steps))
+    left = steps - step
+    return 1.0 if left > fall else floor + (1 - floor) * left / fall
