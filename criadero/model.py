@@ -71,6 +71,11 @@ class ModelConfig:
                 f"model configuration: num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            for one in value if isinstance(value, tuple) else (value,):
+                if one is not None and (isinstance(one, bool) or not isinstance(one, int)):
+                    raise UserError(f"model configuration: {name} must be a token's number, not {one!r}")
         if self.head_dim % 2:
             raise UserError(f"model configuration: head_dim ({self.head_dim}) must be even for RoPE")
         rope_frequencies(self)  # a scaling that cannot be computed is refused here, not at the first token
@@ -97,6 +102,7 @@ class ModelConfig:
             "attention_bias": (False, None),
             "mlp_bias": (False, None),
             "sliding_window": (None,),
+            "partial_rotary_factor": (1.0, None),
             "quantization_config": (None,),
         }.items():
             if key in values and values[key] not in allowed:
@@ -112,7 +118,7 @@ class ModelConfig:
             kind = rope.get("rope_type", rope.get("type", "default"))
             if "rope_theta" in rope:
                 fields["rope_theta"] = rope["rope_theta"]
-            if kind != "default":
+            if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
                 fields["rope_scaling"] = {k: v for k, v in rope.items() if k not in ("type", "rope_theta")}
                 fields["rope_scaling"]["rope_type"] = kind
         if isinstance(fields.get("eos_token_id"), list):
@@ -157,6 +163,12 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     kind = scaling.get("rope_type")
     if kind not in ROPE_TYPES:
         raise UserError(f"model configuration: rope_scaling {kind!r} is not one of {', '.join(ROPE_TYPES)}")
+    for key, value in scaling.items():
+        number = isinstance(value, int | float) and 0 < value < math.inf
+        if key not in ("type", "rope_type", "truncate") and value is not None and not number:
+            raise UserError(f"model configuration: rope_scaling {key} must be a positive number, not {value!r}")
+    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError("model configuration: rope_scaling partial_rotary_factor is not supported")
     try:
         if kind == "linear":
             return frequencies / float(scaling["factor"]), 1.0
@@ -172,6 +184,8 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
 def _llama3_frequencies(frequencies: Tensor, scaling: Mapping[str, Any]) -> Tensor:
     factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    if high <= low:
+        raise UserError("model configuration: rope_scaling high_freq_factor must be above low_freq_factor")
     wavelength = 2 * math.pi / frequencies
     ramp = (original / wavelength - low) / (high - low)
     smooth = (1 - ramp) * frequencies / factor + ramp * frequencies
