@@ -38,7 +38,9 @@ class Batch:
         return int((self.segments >= 0).sum())
 
 
-def rows_to_batch(rows: Sequence[Sequence[Example]], length: int, pad: int, dtype: torch.dtype) -> Batch:
+def rows_to_batch(
+    rows: Sequence[Sequence[Example]], length: int, pad: int, dtype: torch.dtype, device: str = "cpu"
+) -> Batch:
     """Rows of examples, each row's examples one after another, padded on the right to ``length``.
 
     The last token of an example predicts nothing; no loss crosses a border.
@@ -57,7 +59,8 @@ def rows_to_batch(rows: Sequence[Sequence[Example]], length: int, pad: int, dtyp
             segments[r, at : at + n] = number
             positions[r, at : at + n] = np.arange(n)
             at += n
-    return Batch(*(torch.from_numpy(a) for a in (ids, targets, segments, positions)), dtype=dtype)
+    a, b, c, d = (torch.from_numpy(array).to(device) for array in (ids, targets, segments, positions))
+    return Batch(a, b, c, d, dtype)
 
 
 def pack_examples(lengths: Sequence[int], row_length: int) -> list[list[int]]:
@@ -85,11 +88,11 @@ class ExampleBatches:
     """Batches of packed chat examples: each epoch is shuffled by its own seed, then packed, then cut into steps."""
 
     def __init__(
-        self, examples: Sequence[Example], *, row_length: int, rows: int, pad: int, seed: int, dtype: torch.dtype
-    ) -> None:
-        self.examples, self.row_length, self.rows, self.pad, self.seed, self.dtype = (
-            examples, row_length, rows, pad, seed, dtype,
-        )  # fmt: skip
+        self, examples: Sequence[Example], *, row_length: int, rows: int, pad: int, seed: int, dtype: torch.dtype,
+        device: str = "cpu",
+    ) -> None:  # fmt: skip
+        self.examples, self.row_length, self.rows, self.pad = examples, row_length, rows, pad
+        self.seed, self.dtype, self.device = seed, dtype, device
         self._epochs: dict[int, list[list[list[int]]]] = {}
         self.steps_per_epoch = len(self._epoch(0))
 
@@ -107,7 +110,9 @@ class ExampleBatches:
         epoch, index = divmod(step, self.steps_per_epoch)
         rows = self._epoch(epoch)[index]
         length = max(sum(len(self.examples[i].ids) for i in row) for row in rows)
-        return rows_to_batch([[self.examples[i] for i in row] for row in rows], length, self.pad, self.dtype)
+        return rows_to_batch(
+            [[self.examples[i] for i in row] for row in rows], length, self.pad, self.dtype, self.device
+        )
 
 
 @dataclass(frozen=True)
@@ -200,8 +205,9 @@ class TokenBatches:
         first = np.concatenate([np.ones((len(ids), 1), bool), segments[:, 1:] != segments[:, :-1]], axis=1)
         index = np.arange(self.length)
         positions = index - np.maximum.accumulate(np.where(first, index, 0), axis=1)
-        arrays = (np.ascontiguousarray(a) for a in (ids, targets, segments, positions))
-        return Batch(*(torch.from_numpy(a).to(self.device) for a in arrays), dtype=self.dtype)
+        arrays = (np.ascontiguousarray(array) for array in (ids, targets, segments, positions))
+        a, b, c, d = (torch.from_numpy(array).to(self.device) for array in arrays)
+        return Batch(a, b, c, d, self.dtype)
 
 
 def held_out_batches(

@@ -83,7 +83,7 @@ class BlockAttention:
         self.mask = torch.zeros(hidden.shape, dtype=dtype, device=segments.device).masked_fill_(hidden, -torch.inf)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        batch, heads, length, size = q.shape
+        heads, size = q.shape[1], q.shape[3]
         if k.shape[1] != heads:
             k = k.repeat_interleave(heads // k.shape[1], dim=1)  # [B, H, T, Dh]
             v = v.repeat_interleave(heads // v.shape[1], dim=1)

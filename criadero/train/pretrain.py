@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -190,7 +190,7 @@ def _batches(
 
 
 @torch.no_grad()
-def evaluate(model: Llama, groups: dict[str, Sequence[Batch]], sizes: torch.Tensor) -> dict[str, dict[str, float]]:
+def evaluate(model: Llama, groups: Mapping[str, Sequence[Batch]], sizes: torch.Tensor) -> dict[str, dict[str, float]]:
     """Held-out loss (nats a token) and bits per byte by group; ``sizes`` ``[V]``: bytes of each token."""
     model.eval()
     out: dict[str, dict[str, float]] = {}

@@ -1,0 +1,149 @@
+"""What will happen, before it happens: exact counts, one example with its mask, memory, time; and a refusal of runs in which
+nothing would be learned."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from criadero.chat import Example
+from criadero.errors import UserError
+from criadero.model import Llama
+from criadero.tokenizer import Tokenizer
+from criadero.train.batches import Batch
+from criadero.train.pretrain import check_memory
+
+
+@dataclass
+class Report:
+    """Counts of what rendering did to the chats."""
+
+    data: str
+    shape: str
+    bad: int
+    held_out_from: str
+    context: int
+    chats: int = 0
+    held_out: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    held_out_supervised: int = 0
+    duplicates: int = 0
+    contaminated: int = 0
+    too_long: int = 0
+    longest: int = 0
+    truncated_tokens: int = 0
+    dropped: int = 0
+    refused_for_length: bool = False
+
+    def count(self, train: Sequence[Example], held_out: Sequence[Example]) -> None:
+        """Fill in the totals."""
+        self.chats, self.held_out = len(train), len(held_out)
+        self.tokens = sum(len(e.ids) for e in train)
+        self.supervised = sum(sum(e.loss_mask[1:]) for e in train)
+        self.held_out_supervised = sum(sum(e.loss_mask[1:]) for e in held_out)
+        self.longest = max([self.longest, *(len(e.ids) for e in train)])
+
+    def table(self, data: Path, recipe: Any) -> dict[str, Any]:
+        """The passport's ``data`` table."""
+        counts = {k: v for k, v in vars(self).items() if isinstance(v, int) and not isinstance(v, bool)}
+        row = {"name": data.name, "licence": "unknown", "documents": self.chats, "tokens": self.tokens}
+        return {
+            "documents": self.chats,
+            "tokens": self.tokens,
+            "shape": self.shape,
+            "counts": counts,
+            "by_source": [row],
+        }
+
+
+def check(report: Report) -> None:
+    """Refuse what cannot teach anything."""
+    if report.refused_for_length:
+        raise UserError(
+            f"{report.data}: {report.too_long} chats are longer than {report.context} tokens (the longest has "
+            f"{report.longest}); choose --too_long drop or --too_long truncate, or a base with a longer context"
+        )
+    if report.chats == 0:
+        raise UserError(f"{report.data}: no chat is left to learn from ({report.dropped} dropped as too long)")
+    if report.supervised == 0:
+        raise UserError(
+            f"{report.data}: none of the {report.tokens} tokens is an assistant's, so nothing would be learned; "
+            "check the roles and --too_long"
+        )
+
+
+def measure_speed(model: Llama, batch: Batch, loss: Callable[..., Any]) -> float:
+    """Tokens a second of one forward and backward pass, the second of two; gradients are thrown away."""
+    took = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        value, _, _ = loss(model, batch)
+        if value.requires_grad:
+            value.backward()
+        took = time.perf_counter() - start
+        for parameter in model.parameters():
+            parameter.grad = None
+    return batch.tokens / took
+
+
+def masked_example(tokenizer: Tokenizer, example: Example, limit: int = 120) -> Text:
+    """The decoded example: what is learned in bold green, the rest dim; without colours, learned text stands in «»."""
+    text = Text()
+    run: list[int] = []
+    shown = example.ids[:limit]
+    for i, token in enumerate(shown):
+        run.append(token)
+        learned = bool(example.loss_mask[i])
+        if i + 1 == len(shown) or bool(example.loss_mask[i + 1]) != learned:
+            piece = tokenizer.decode(run, skip_special=False)
+            text.append(f"«{piece}»" if learned else piece, style="bold green" if learned else "dim")
+            run = []
+    if len(example.ids) > limit:
+        text.append(f" ... ({len(example.ids) - limit} more tokens)", style="dim")
+    return text
+
+
+def show(
+    report: Report, tokenizer: Tokenizer, example: Example, *, base: str, method: str, trained: int, total: int, steps: int,
+    tokens: int, memory: int, speed: float, why: str, lr: float,
+) -> None:  # fmt: skip
+    """Print the pre-flight to standard error, and refuse what does not fit the memory."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def line(name: str, value: str) -> None:
+        console.print(Text(f"  {name:<11}", style="bold"), Text(value), sep="")
+
+    console.print(Text("pre-flight", style="bold"))
+    line("data", f"{report.data}: {report.shape}")
+    skipped = f", {report.bad} bad lines skipped" if report.bad else ""
+    line("chats", f"{report.chats:,} to learn, {report.held_out:,} held out ({report.held_out_from}){skipped}")
+    share = report.supervised / report.tokens
+    line(
+        "tokens",
+        f"{report.tokens:,} a pass, {report.supervised:,} supervised ({share:.0%}); longest chat {report.longest} of {report.context}",
+    )
+    if report.too_long:
+        line("too long", f"{report.too_long} chats: {report.dropped} dropped, {report.truncated_tokens:,} tokens cut")
+    if report.duplicates or report.contaminated:
+        line(
+            "warning",
+            f"{report.duplicates} duplicate chats; {report.contaminated} held-out chats are also in the training part",
+        )
+    if report.held_out_supervised == 0:
+        line("warning", "no held-out chats: the effect cannot be measured")
+    line("example", "what is learned stands in «»:")
+    console.print(Text("    ").append_text(masked_example(tokenizer, example)))
+    line("method", f"{method} on {base}: {trained:,} of {total:,} weights learn, lr {lr:g}, {steps} steps")
+    line("computing", f"{why}; {torch.get_num_threads()} threads; about {memory / 2**30:.1f} GiB of memory")
+    line("time", f"about {tokens / speed:,.0f} s at {speed:,.0f} tokens/s")
+    sys.stderr.flush()
+    check_memory(memory)

@@ -1,0 +1,311 @@
+"""Stage ``sft``: chats -> a tuned model. Low-rank adapters by default, or every weight with ``method = "full"``.
+
+The chats are rendered with the template that travels with the base model; the loss is on every assistant turn and its end
+token. With ``lora`` the result is an ``adapter`` artifact in PEFT's format, unless ``merged`` asks for whole weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from criadero import lora
+from criadero.artifact import Artifact, create, open_artifact, resolve
+from criadero.chat import Example, Message, Template, builtin_template, load_template, render
+from criadero.data.chats import ChatFile, read_chats
+from criadero.errors import UserError
+from criadero.model import Llama
+from criadero.tokenizer import Tokenizer, load_tokenizer
+from criadero.train.batches import Batch, ExampleBatches, pack_examples, rows_to_batch
+from criadero.train.hardware import choose_dtype, keep_memory, peak_memory_bytes
+from criadero.train.loop import Plan, train
+from criadero.train.loss import next_token_loss
+from criadero.train.optim import Optimizer
+from criadero.train.preflight import Report, check, measure_speed, show
+from criadero.train.pretrain import describe, estimate_bytes
+from criadero.train.progress import say
+
+
+@dataclass(frozen=True)
+class SftRecipe:
+    """What customising needs to know; every field has a default but the base and the data."""
+
+    base: str = field(metadata={"help": "a bundled model, a folder of Criadero or Hugging Face, or a .gguf file"})
+    data: str = field(
+        metadata={"help": "chats: .jsonl .json .parquet .csv, in any of four shapes; or a dataset artifact"}
+    )
+    held_out: str | None = field(default=None, metadata={"help": "chats to measure on; default: a part of the data"})
+    held_out_share: float = field(default=0.1, metadata={"help": "part kept apart when held_out is not given"})
+    method: Literal["lora", "full"] = field(default="lora", metadata={"help": "low-rank adapters, or every weight"})
+    lora_rank: int = field(default=16, metadata={"help": "rank of the adapters"})
+    lora_alpha: float = field(default=32.0, metadata={"help": "adapter scale times rank"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the adapters"})
+    lora_targets: tuple[str, ...] = field(default=lora.ALL_LINEAR, metadata={"help": "linear layers that get one"})
+    rslora: bool = field(default=False, metadata={"help": "scale by alpha / sqrt(rank)"})
+    merged: bool = field(default=False, metadata={"help": "fold the adapter in and seal whole weights"})
+    template: str | None = field(default=None, metadata={"help": "give a base without one this built-in chat template"})
+    epochs: float = field(default=3.0, metadata={"help": "passes over the chats"})
+    max_length: int = field(default=0, metadata={"help": "longest example in tokens; 0: the model's context"})
+    too_long: Literal["refuse", "drop", "truncate"] = field(
+        default="refuse", metadata={"help": "examples longer than max_length: refuse the run, drop them, cut them"}
+    )
+    train_on: Literal["all", "last"] = field(
+        default="all", metadata={"help": "learn every assistant turn, or the last"}
+    )
+    batch_tokens: int = field(default=4096, metadata={"help": "tokens an optimizer step"})
+    micro_tokens: int = field(default=4096, metadata={"help": "tokens computed at once; bounds the memory"})
+    optimizer: Literal["adamw", "muon"] = field(default="adamw", metadata={"help": "AdamW, or Muon in the blocks"})
+    lr: float = field(default=0.0, metadata={"help": "peak learning rate; 0: 1e-3 for lora, 2e-4 for full"})
+    schedule: Literal["cosine", "wsd", "constant"] = field(default="cosine", metadata={"help": "its course"})
+    warmup: float = field(default=0.05, metadata={"help": "fraction of the steps"})
+    weight_decay: float = field(default=0.0, metadata={"help": "on matrices"})
+    clip: float = field(default=1.0, metadata={"help": "largest gradient norm"})
+    dtype: Literal["auto", "float32", "bfloat16"] = field(default="auto", metadata={"help": "auto measures first"})
+    seed: int = field(default=1, metadata={"help": "adapters, split and order"})
+    skip_bad: bool = field(default=False, metadata={"help": "count malformed lines instead of refusing them"})
+    save_minutes: float = field(default=5.0, metadata={"help": "between resume points"})
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rendered chats, ready to batch, and what the pre-flight says of them."""
+
+    train: list[Example]
+    held_out: list[Example]
+    report: Report
+    chat_file: ChatFile
+
+
+def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool = True) -> Artifact:
+    """Customise ``recipe.base`` with ``recipe.data`` and seal the result at ``out``.
+
+    Everything that can be wrong with the input is found before training starts. Killed at any moment, the same call goes on
+    from the last resume point.
+    """
+    from criadero.checkpoints import load_model, save_hf
+
+    keep_memory()
+    base_path, data_path = resolve(recipe.base), _data_path(recipe.data)
+    _check_recipe(recipe)
+    tokenizer = load_tokenizer(base_path)
+    template = _template(recipe, base_path)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(recipe.base)
+    context = min(recipe.max_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
+    prepared = prepare(recipe, data_path, tokenizer, template, context)
+    check(prepared.report)
+    lr = recipe.lr or (1e-3 if recipe.method == "lora" else 2e-4)
+    kind = "adapter" if recipe.method == "lora" and not recipe.merged else "chat"
+    with create(
+        out, kind=kind, config={"stage": "sft", **dataclasses.asdict(recipe)}, seeds={"seed": recipe.seed},
+        overwrite=overwrite, resume=resume,
+    ) as draft:  # fmt: skip
+        base_input = draft.add_input("finetune_of", base_path)
+        draft.add_input("trained_on", data_path)
+        if recipe.held_out:
+            draft.add_input("evaluated_on", _data_path(recipe.held_out))
+        dtype, why = choose_dtype(recipe.dtype, model.config, device)
+        model = model.to(device=device, dtype=dtype)
+        if recipe.method == "lora":
+            parameters = lora.attach(
+                model, rank=recipe.lora_rank, alpha=recipe.lora_alpha, targets=recipe.lora_targets,
+                dropout=recipe.lora_dropout, rslora=recipe.rslora, seed=recipe.seed,
+            )  # fmt: skip
+        else:
+            parameters = list(model.named_parameters())
+        pad = tokenizer.pad_id if tokenizer.pad_id is not None else 0
+        rows = max(1, recipe.micro_tokens // context)
+        batches = ExampleBatches(
+            prepared.train, row_length=context, rows=rows, pad=pad, seed=recipe.seed, dtype=dtype, device=device
+        )
+        micro = max(1, min(round(recipe.batch_tokens / (rows * context)), batches.steps_per_epoch))
+        steps = max(1, math.ceil(recipe.epochs * batches.steps_per_epoch / micro))
+        evaluation = example_batches(prepared.held_out, context, rows, pad, dtype, device)
+        trained = sum(p.numel() for _, p in parameters)
+        memory = estimate_bytes(model.config, rows * context, dtype)
+        if recipe.method == "lora":  # no gradients, masters or moments for the frozen weights
+            memory -= (model.config.parameters() - trained) * (18 if dtype == torch.bfloat16 else 20)
+        speed = measure_speed(model, batches(0), next_token_loss)
+        show(
+            prepared.report, tokenizer, prepared.train[0], base=recipe.base, method=recipe.method, trained=trained,
+            total=model.config.parameters(), steps=steps, tokens=int(recipe.epochs * prepared.report.tokens),
+            memory=memory, speed=speed, why=why, lr=lr,
+        )  # fmt: skip
+        before = held_out_loss(model, evaluation)
+        say(f"held-out loss before: {before['loss']:.4f} on {before['supervised']:,} supervised tokens")
+        optimizer = Optimizer(parameters, method=recipe.optimizer, weight_decay=recipe.weight_decay, betas=(0.9, 0.999))
+        plan = Plan(
+            steps=steps, micro_batches=micro, lr=lr, schedule=recipe.schedule, warmup=recipe.warmup, clip=recipe.clip,
+            seed=recipe.seed, save_minutes=recipe.save_minutes,
+        )  # fmt: skip
+        model.train()
+        done = train(
+            model, optimizer, batches, next_token_loss, plan, draft.path, about={"dtype": str(dtype)}, label="tuning"
+        )
+        after = held_out_loss(model, evaluation)
+        say(f"held-out loss after:  {after['loss']:.4f} ({after['loss'] - before['loss']:+.4f})")
+        n = int(after["supervised"])
+        draft.metrics += [
+            {"suite": "held_out", "metric": "loss", "slice": name, "value": scores["loss"], "n": n}
+            for name, scores in (("before", before), ("after", after))
+        ]
+        _write(
+            recipe,
+            model,
+            tokenizer,
+            template,
+            base_path,
+            draft.path,
+            kind,
+            str(base_input.locator or base_path),
+            save_hf,
+        )
+        draft.data.update(prepared.report.table(data_path, recipe))
+        draft.model.update(describe(model.config) | {"trained_params": trained, "method": recipe.method})
+        draft.step.update(
+            {
+                "tokens": done["tokens"],
+                "steps": done["steps"],
+                "seconds": round(done["seconds"], 1),
+                "dtype": str(dtype).removeprefix("torch."),
+                "peak_memory_bytes": peak_memory_bytes(),
+            }
+        )
+    return open_artifact(out)
+
+
+def _write(
+    recipe: SftRecipe, model: Llama, tokenizer: Tokenizer, template: Template, base_path: Path, folder: Path, kind: str,
+    base: str, save_hf: Any,
+) -> None:  # fmt: skip
+    """The weights (or the adapter), the tokenizer and the template, and the curves."""
+    from criadero.train.curves import write_curves
+
+    write_curves(folder, title=f"tuning {recipe.base}")
+    tokenizer.save(folder, chat_template=template.source)
+    if kind == "adapter":
+        lora.save_adapter(
+            model, folder, base=base, alpha=recipe.lora_alpha, rslora=recipe.rslora, dropout=recipe.lora_dropout
+        )
+        return
+    if recipe.method == "lora":
+        lora.merge(model)
+    save_hf(model, model.config, folder)
+
+
+def _check_recipe(recipe: SftRecipe) -> None:
+    if recipe.epochs <= 0:
+        raise UserError(f"epochs must be positive, not {recipe.epochs:g}")
+    if not 0 <= recipe.lr < 1:
+        raise UserError(f"lr must lie between 0 and 1, not {recipe.lr:g}")
+    if not 0 <= recipe.held_out_share < 1:
+        raise UserError(f"held_out_share must lie between 0 and 1, not {recipe.held_out_share:g}")
+    if recipe.max_length < 0 or recipe.micro_tokens < 1 or recipe.batch_tokens < 1:
+        raise UserError("max_length, micro_tokens and batch_tokens must not be negative")
+
+
+def _data_path(ref: str) -> Path:
+    path = Path(ref)
+    if not path.exists():
+        raise UserError(f"{ref}: no such file; give a .jsonl, .json, .csv or .parquet file of chats")
+    return path
+
+
+def _template(recipe: SftRecipe, base: Path) -> Template:
+    return builtin_template(recipe.template) if recipe.template else load_template(base)
+
+
+def prepare(recipe: SftRecipe, data: Path, tokenizer: Tokenizer, template: Template, context: int) -> Prepared:
+    """Read, split and render the chats; counts of everything that happened to them stand in the report."""
+    chat_file = read_dataset_chats(data, "train", skip_bad=recipe.skip_bad)
+    if not chat_file.chats:
+        raise UserError(f"{data}: no chats in it; give at least one with a user and an assistant turn")
+    chats, kept_apart = chat_file.chats, []
+    if recipe.held_out:
+        kept_apart = read_dataset_chats(_data_path(recipe.held_out), "held_out", skip_bad=recipe.skip_bad).chats
+        how = f"{recipe.held_out}"
+    else:
+        chats, kept_apart = split(chats, recipe.held_out_share, recipe.seed)
+        how = f"{len(kept_apart)} of {len(chat_file.chats)} chats kept apart by a hash of their text"
+    report = Report(
+        data=str(data), shape=chat_file.shape.sentence, bad=len(chat_file.bad), held_out_from=how, context=context
+    )
+    seen = {repr(chat) for chat in chats}
+    report.contaminated = sum(repr(chat) in seen for chat in kept_apart)
+    report.duplicates = len(chats) - len(seen)
+    rendered = (render(chat, tokenizer, template, train_on=recipe.train_on) for chat in chats)
+    train_examples = [e for r in rendered if (e := _fit(r, context, recipe.too_long, report))]
+    other = Report(data="", shape="", bad=0, held_out_from="", context=context)
+    rendered = (render(chat, tokenizer, template) for chat in kept_apart)
+    held_out = [e for r in rendered if (e := _fit(r, context, "truncate", other))]
+    report.count(train_examples, held_out)
+    return Prepared(train_examples, held_out, report, chat_file)
+
+
+def _fit(example: Example, context: int, policy: str, report: Report) -> Example | None:
+    """Apply the policy for examples longer than the context, and count."""
+    if len(example.ids) <= context:
+        return example
+    report.too_long += 1
+    report.longest = max(report.longest, len(example.ids))
+    if policy == "truncate":
+        report.truncated_tokens += len(example.ids) - context
+        return dataclasses.replace(example, ids=example.ids[:context], loss_mask=example.loss_mask[:context])
+    if policy == "drop":
+        report.dropped += 1
+        return None
+    report.refused_for_length = True
+    return example
+
+
+def read_dataset_chats(path: Path, split_name: str, *, skip_bad: bool) -> ChatFile:
+    """Chats of a file, or of a ``dataset`` artifact's split."""
+    if path.is_dir() and (path / "passport.json").is_file():
+        files = sorted(path.glob(f"{split_name}-*.jsonl.zst"))
+        if not files:
+            raise UserError(f"{path}: this artifact holds no {split_name} chats")
+        parts = [read_chats(file, skip_bad=skip_bad) for file in files]
+        first = parts[0]
+        return ChatFile(
+            [c for p in parts for c in p.chats], first.shape, first.counts, [b for p in parts for b in p.bad]
+        )
+    return read_chats(path, skip_bad=skip_bad)
+
+
+def split(chats: list[list[Message]], share: float, seed: int) -> tuple[list[list[Message]], list[list[Message]]]:
+    """Keep a share apart by a hash of each chat's first turn, so equal questions fall on the same side."""
+    import hashlib
+
+    kept, apart = [], []
+    for chat in chats:
+        first = next((m["content"] for m in chat if m["role"] == "user"), "")
+        number = int.from_bytes(hashlib.sha256(f"{seed}\n{first.strip().casefold()}".encode()).digest()[:8], "big")
+        (apart if number < share * 2**64 else kept).append(chat)
+    return kept, apart
+
+
+def example_batches(
+    examples: Sequence[Example], length: int, rows: int, pad: int, dtype: torch.dtype, device: str
+) -> list[Batch]:
+    """Packed batches in a fixed order, for measuring."""
+    packed = [[examples[i] for i in row] for row in pack_examples([len(e.ids) for e in examples], length)]
+    return [rows_to_batch(packed[i : i + rows], length, pad, dtype, device) for i in range(0, len(packed), rows)]
+
+
+@torch.no_grad()
+def held_out_loss(model: Llama, batches: Sequence[Batch]) -> dict[str, float]:
+    """Mean loss in nats over the supervised tokens of ``batches``, and their count; nan when there are none."""
+    was = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for batch in batches:
+        loss, n, _ = next_token_loss(model, batch)
+        total, count = total + float(loss), count + n
+    model.train(was)
+    return {"loss": total / count if count else float("nan"), "supervised": count}
