@@ -1,0 +1,104 @@
+"""Llama checkpoints of every make, in and out: Hugging Face safetensors, Meta's ``.pth``, GGUF, and our adapters.
+
+The layout is converted once, here: everything past this package has Hugging Face's names and rotate-half rows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from criadero.artifact import Artifact, resolve
+from criadero.checkpoints.gguf import read_gguf, read_gguf_config, write_gguf
+from criadero.checkpoints.gguf_vocab import read_gguf_template, read_gguf_tokenizer
+from criadero.checkpoints.meta import is_meta_folder, read_meta
+from criadero.checkpoints.safetensors_hf import read_config, read_hf, read_json, save_hf
+from criadero.checkpoints.states import build
+from criadero.errors import UserError
+from criadero.model import Llama, ModelConfig
+
+__all__ = [
+    "load_config",
+    "load_model",
+    "read_gguf",
+    "read_gguf_config",
+    "read_gguf_template",
+    "read_gguf_tokenizer",
+    "read_hf",
+    "read_meta",
+    "save_hf",
+    "write_gguf",
+]
+
+Ref = str | Path | Artifact
+ADAPTER = "adapter_config.json"
+
+
+def load_model(ref: Ref, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Llama:
+    """The model that ``ref`` means: a bundled name, an artifact, a Hugging Face or Meta folder, a ``.gguf`` file.
+
+    An adapter is merged into its base. ``dtype`` default: as stored (float32 for quantised GGUF). In evaluation mode.
+    """
+    path = resolve(ref)
+    if path.is_dir() and (path / ADAPTER).is_file():
+        from criadero.lora import load_adapter, merge
+
+        model = load_model(adapter_base(path), dtype=dtype, device=device)
+        load_adapter(model, path)
+        return merge(model).requires_grad_(True).eval()
+    config, state = _read(path)
+    return build(config, state, dtype=dtype, device=device)
+
+
+def load_config(ref: Ref) -> ModelConfig:
+    """The configuration of what `load_model` would load; weights are read only where it cannot be known without them."""
+    path = resolve(ref)
+    if path.is_dir() and (path / ADAPTER).is_file():
+        return load_config(adapter_base(path))
+    if path.is_file():
+        return read_gguf_config(_gguf(path))
+    if is_meta_folder(path):
+        return read_meta(path)[0]
+    return read_config(_model_folder(path))
+
+
+def adapter_base(folder: Path) -> Path:
+    """Where the base of an adapter lies: as written, or relative to the adapter's own folder."""
+    base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{folder / ADAPTER}: base_model_name_or_path does not name the base model")
+    near = folder / base
+    try:
+        found = near if near.exists() else resolve(base)
+    except UserError as error:
+        raise UserError(f"{folder}: the base of this adapter is not here: {error}") from None
+    if found.resolve() == folder.resolve():
+        raise UserError(f"{folder / ADAPTER}: base_model_name_or_path names the adapter itself")
+    if (found / ADAPTER).is_file():
+        raise UserError(f"{folder}: its base {base!r} is an adapter too: merge that one first")
+    return found
+
+
+def _read(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    if path.is_file():
+        config, state, _ = read_gguf(_gguf(path))
+        if not state:
+            raise UserError(f"{path}: holds a vocabulary only, no model")
+        return config, state
+    if is_meta_folder(path):
+        return read_meta(path)
+    return read_hf(_model_folder(path))
+
+
+def _gguf(path: Path) -> Path:
+    if path.suffix.lower() != ".gguf":
+        raise UserError(f"{path}: not a model: give a folder with config.json and safetensors, or a .gguf file")
+    return path
+
+
+def _model_folder(path: Path) -> Path:
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path}: not a model folder: it has no config.json (nor Meta's params.json)")
+    return path
