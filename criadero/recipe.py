@@ -277,11 +277,11 @@ def flags_to_values(cls: type, args: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def split_flags(cls: type, args: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+def split_flags(cls: type, args: Sequence[str], also: Sequence[str] = ()) -> tuple[list[str], dict[str, Any]]:
     """The arguments that are no flags, in order, and the values of the flags.
 
     ``--lora_rank 16``, ``--lora-rank=16``, ``--packing``, ``--no-packing``; a list is separated by commas or the flag
-    is given several times. ``--`` ends the flags.
+    is given several times. ``--`` ends the flags. `also` are flags of others, for near misses.
     """
     known = recipe_fields(cls)
     words: list[str] = []
@@ -301,7 +301,7 @@ def split_flags(cls: type, args: Sequence[str]) -> tuple[list[str], dict[str, An
             values[negated] = False
             continue
         if name not in known:
-            raise UserError(f"no such option --{flag}: {nearest(name, known, 'the fields are')}")
+            raise UserError(f"no such option --{flag}: {nearest(name, [*known, *also], 'the fields are')}")
         hint = _base_type(known[name][1])
         if not equals:
             if hint is bool and not (rest and rest[0].lower() in ("true", "false")):

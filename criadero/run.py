@@ -1,6 +1,6 @@
 """Run stages: one from values (`make`), or a folder of numbered recipes in order (`run`).
 
-A recipe folder holds ``NN-name.toml`` files, each with ``stage =`` one of data, tokenizer, tokens, pretrain, sft. A text
+A recipe folder holds ``NN-name.toml`` files, each with ``stage =`` data, tokenizer, tokens, pretrain or sft. A text
 value that equals an earlier file's name (``base = "04-pretrain"``) means what that stage made; one that begins
 with ``./`` or ``../`` is relative to the recipe folder. A stage is skipped when its sealed artifact was made with the
 same recipe from inputs with the same ids.
@@ -73,6 +73,15 @@ def tuned_name(base: Any, data: Any) -> str:
 def pretrain(*, out: str | Path, overwrite: bool = False, **fields: Any) -> Artifact:
     """Train a base model from random weights. `fields` are the pretrain recipe's."""
     return make("pretrain", fields, out, overwrite=overwrite, where="pretrain")
+
+
+def read_recipe(file: Path, stage: str) -> dict[str, Any]:
+    """The values of one recipe file of `stage`; its ./ and ../ paths are relative to the file."""
+    values = read_toml(file)
+    said = values.pop("stage", stage)
+    if said != stage:
+        raise UserError(f"{file}: stage = {said!r} is not a {stage} recipe")
+    return _resolved(values, file, [], [], Path(), set())
 
 
 # -- a folder of recipes ----------------------------------------------------------------------------------------------

@@ -1,0 +1,322 @@
+"""The command line: verb -> module, imported when the verb runs (``criadero --help`` imports neither torch nor tokenizers).
+
+Results go to standard output, what is said on the way to standard error. Exit codes: 0, 2 for a mistake in what was given
+(one line, ``error: ...``), 130 after Ctrl-C; a traceback is a bug.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from criadero.errors import UserError
+
+_PLAIN: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
+_FIELDS: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}  # recipe fields are flags too
+_OWN = ("out", "recipe", "overwrite", "no-resume", "json", "help")  # flags of the command itself, for near misses
+
+app = typer.Typer(
+    help="Raise your own Llama, in the open, on your own machine.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings=_PLAIN,
+)
+data_app = typer.Typer(help="Look at data, and make it ready: documents, tokenizer, tokens.", no_args_is_help=True)
+passport_app = typer.Typer(help="Check what an artifact says of itself.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(passport_app, name="passport")
+
+Out = Annotated[Path | None, typer.Option("--out", help="where the artifact goes (a new folder)")]
+Words = Annotated[list[str] | None, typer.Argument(hidden=True)]  # positional words and recipe fields, told apart later
+Recipe = Annotated[Path | None, typer.Option("--recipe", help="a TOML file with fields; a flag outweighs it")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="replace the artifact at --out, once the new one is whole")
+]
+Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="go on with a run that was cut off, or start over")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+) -> None:
+    if version:
+        from criadero import __version__
+
+        print(f"criadero {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def demo() -> None:
+    """Customise the bundled model with a shop's chats, compare, and talk to it: three minutes."""
+    from criadero.demo import demo as run_demo
+
+    raise typer.Exit(run_demo() or 0)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="a bundled model, a folder, or a .gguf file")],
+    system: Annotated[str | None, typer.Option(help="the system message")] = None,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token")] = 0.3,
+    max_tokens: Annotated[int, typer.Option(help="the longest answer, in tokens")] = 200,
+    seed: Annotated[int | None, typer.Option(help="the same seed gives the same answers")] = None,
+) -> None:
+    """Talk to a model in the terminal."""
+    from criadero.terminal import chat as talk
+
+    talk(model, system=system, temperature=temperature, max_tokens=max_tokens, seed=seed)
+
+
+def _recipe_command(stage: str, words: str = "") -> type[TyperCommand]:
+    """A command whose help ends with the fields of the stage's recipe, read from the dataclass."""
+
+    class RecipeCommand(TyperCommand):
+        def collect_usage_pieces(self, ctx: Any) -> list[str]:
+            return [f"{words} [--FIELD VALUE]... --out DIR".strip()]
+
+        def format_help(self, ctx: Any, formatter: Any) -> None:
+            super().format_help(ctx, formatter)
+            _print_fields(stage)
+
+    return RecipeCommand
+
+
+def _print_fields(stage: str) -> None:
+    import dataclasses
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from criadero.recipe import recipe_fields, required, type_name
+    from criadero.run import STAGES
+
+    cls, _ = STAGES[stage]()
+    table = Table(title="Fields of the recipe, as flags or in a --recipe file", title_justify="left", box=None)
+    for column in ("flag", "default", "what"):
+        table.add_column(column, overflow="fold", no_wrap=column == "flag")
+    for name, (field, hint) in recipe_fields(cls).items():
+        default = (
+            "(must be given)" if required(field) else "" if field.default is dataclasses.MISSING else field.default
+        )
+        about = field.metadata.get("help", "") or type_name(hint)
+        table.add_row(f"--{name}", str(default), about)
+    Console(markup=False, highlight=False).print(table)
+
+
+def _make(
+    stage: str, positional: tuple[str, ...], args: list[str] | None, out: Path | None, recipe: Path | None,
+    overwrite: bool, resume: bool,
+) -> None:  # fmt: skip
+    """Run one stage from positional words, flags and a recipe file, and say what was made."""
+    from criadero.recipe import split_flags
+    from criadero.run import STAGES, make, read_recipe, tuned_name
+
+    cls, _ = STAGES[stage]()
+    words, flags = split_flags(cls, args or [], also=_OWN)
+    if len(words) > len(positional):
+        raise UserError(f"unexpected argument {words[len(positional)]!r}: settings are written --field value")
+    values = read_recipe(recipe, stage) if recipe else {}
+    named = dict(zip(positional, words, strict=False))
+    for name in named.keys() & flags.keys():
+        raise UserError(f"{name} is given twice: {named[name]!r} and --{name} {flags[name]!r}")
+    values |= named | flags
+    missing = [name.upper() for name in positional if name not in values]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} must be given: see --help")
+    if out is None and stage == "sft":
+        out = Path(tuned_name(values["base"], values["data"]))
+    if out is None:
+        raise UserError("--out must be given: the folder to make")
+    where = f"{recipe} and flags" if recipe and flags else str(recipe or "flags")
+    made = make(stage, values, out, overwrite=overwrite, resume=resume, where=where)
+    print(f"{made.path}: {made.kind} {made.id.removeprefix('sha256:')[:12]}")
+    if stage == "sft":
+        print(f"talk to it: criadero chat {made.path}")
+
+
+@app.command(cls=_recipe_command("sft", "BASE DATA"), context_settings=_FIELDS)
+def tune(
+    args: Words = None,
+    out: Out = None,
+    recipe: Recipe = None,
+    overwrite: Overwrite = False,
+    resume: Resume = True,
+) -> None:
+    """Customise a model with examples of your own."""
+    _make("sft", ("base", "data"), args, out, recipe, overwrite, resume)
+
+
+@app.command(cls=_recipe_command("pretrain", "DATA"), context_settings=_FIELDS)
+def pretrain(
+    args: Words = None,
+    out: Out = None,
+    recipe: Recipe = None,
+    overwrite: Overwrite = False,
+    resume: Resume = True,
+) -> None:
+    """Train a base model on tokens, from random weights."""
+    _make("pretrain", ("data",), args, out, recipe, overwrite, resume)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="a bundled model or a folder")],
+    out: Annotated[Path, typer.Option("--out", help="a new folder, or a file that ends with .gguf")],
+    to: Annotated[str, typer.Option("--to", help="gguf (llama.cpp, Ollama) or hf (transformers)")] = "gguf",
+    type: Annotated[str | None, typer.Option("--type", help="q8_0 q4_0 f16 bf16 f32")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a model in another layout."""
+    from criadero.export import export as write
+
+    made = write(model, to=to, out=out, type=type, overwrite=overwrite)
+    print(made if isinstance(made, Path) else made.path)
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
+
+
+@data_app.command("show")
+def data_show(
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="a file or folder of examples or documents, or a dataset artifact")
+    ],
+    limit: Annotated[int, typer.Option(help="how many examples to print")] = 3,
+) -> None:
+    """Say what shape the data has, how much there is, and print some of it."""
+    from criadero.data.show import show as show_data
+
+    print(show_data(path, limit=limit))
+
+
+@data_app.command("build", cls=_recipe_command("data"), context_settings=_FIELDS)
+def data_build(
+    args: Words = None,
+    out: Out = None,
+    recipe: Recipe = None,
+    overwrite: Overwrite = False,
+    resume: Resume = True,
+) -> None:
+    """Sources to a dataset: cleaned, deduplicated, with a held-out part and a table by source."""
+    _make("data", (), args, out, recipe, overwrite, resume)
+
+
+@data_app.command("tokenizer", cls=_recipe_command("tokenizer", "DATA"), context_settings=_FIELDS)
+def data_tokenizer(
+    args: Words = None,
+    out: Out = None,
+    recipe: Recipe = None,
+    overwrite: Overwrite = False,
+    resume: Resume = True,
+) -> None:
+    """Train a byte-level BPE tokenizer on a dataset."""
+    _make("tokenizer", ("data",), args, out, recipe, overwrite, resume)
+
+
+@data_app.command("pack", cls=_recipe_command("tokens", "DATA"), context_settings=_FIELDS)
+def data_pack(
+    args: Words = None,
+    out: Out = None,
+    recipe: Recipe = None,
+    overwrite: Overwrite = False,
+    resume: Resume = True,
+) -> None:
+    """A dataset to token shards, ready for pretraining."""
+    _make("tokens", ("data",), args, out, recipe, overwrite, resume)
+
+
+# -- recipes and artifacts --------------------------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="a folder of NN-name.toml files")],
+    out: Annotated[Path | None, typer.Option("--out", help="default: out/FOLDERNAME")] = None,
+    start: Annotated[str | None, typer.Option("--from", help="make this stage and all later ones again")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be done")] = False,
+) -> None:
+    """Run the recipes of a folder in order, skipping what is up to date."""
+    from criadero.run import run as run_folder
+
+    run_folder(folder, out=out, start=start, dry_run=dry_run)
+
+
+@app.command()
+def show(
+    ref: Annotated[str, typer.Argument(metavar="REF", help="a bundled model or a folder")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what an artifact is and what it was made of."""
+    from criadero.summary import as_dict, describe
+
+    print(json.dumps(as_dict(ref), ensure_ascii=False, indent=2) if as_json else describe(ref))
+
+
+@passport_app.command("verify")
+def passport_verify(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="a bundled model or a folder")],
+    as_json: AsJson = False,
+) -> None:
+    """Hash every file and compare with the passport: exit 2 naming each file that is changed, missing or extra."""
+    from criadero.artifact import resolve, verify
+
+    problems = verify(folder)
+    if as_json:
+        rows = [{"path": problem.path, "what": problem.what} for problem in problems]
+        print(json.dumps({"path": str(resolve(folder)), "ok": not problems, "problems": rows}, indent=2))
+    else:
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
+        if not problems:
+            print(f"{resolve(folder)}: every file is as its passport says")
+    raise typer.Exit(2 if problems else 0)
+
+
+# -- the way out ------------------------------------------------------------------------------------------------------
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line and exit; see the module's docstring for the codes."""
+    sys.exit(_run(args))
+
+
+def _run(args: list[str] | None) -> int:
+    try:
+        code = app(args=args, prog_name="criadero", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except UserError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains
+        return 1
+    except Exception as error:
+        # typer brings its own copy of click in some versions: go by what the exception offers, not by its class
+        if type(error).__name__ == "Abort":
+            return 130
+        if not hasattr(error, "format_message"):
+            raise
+        if type(error).__name__ != "NoArgsIsHelpError":  # that one has printed the help
+            print("error: " + " ".join(error.format_message().split()), file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Write a model in another layout: a Hugging Face folder, or GGUF for llama.cpp and Ollama."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from criadero.artifact import Artifact, create, open_artifact, read_passport, resolve
+from criadero.errors import UserError
+
+GGUF_TYPES = ("q8_0", "q4_0", "f16", "bf16", "f32")
+HF_TYPES = ("f16", "bf16", "f32")
+
+
+def export(
+    ref: str | Path | Artifact, *, to: str, out: str | Path, type: str | None = None, overwrite: bool = False
+) -> Artifact | Path:
+    """Seal the model at `out` as ``to="hf"`` or ``to="gguf"`` with weights of `type` (default: as stored, or q8_0).
+
+    An `out` that ends with ``.gguf`` is written as that single file, which carries no passport. UserError: an unknown
+    `to` or `type`, a model without tokenizer (GGUF needs one), or an `out` that exists.
+    """
+    types = {"gguf": GGUF_TYPES, "hf": HF_TYPES}.get(to)
+    if types is None:
+        raise UserError(f"--to {to}: cannot be written: choose gguf or hf")
+    if type is not None and type.lower() not in types:
+        raise UserError(f"--type {type}: not a type of {to}: choose one of {', '.join(types)}")
+    kind = (type or ("q8_0" if to == "gguf" else "as stored")).lower()
+    source, out = resolve(ref), Path(out)
+    single = out.name.endswith(".gguf")
+    if single and to != "gguf":
+        raise UserError(f"{out} is a name for --to gguf: give a folder")
+    if single and out.exists() and not (overwrite and out.is_file()):
+        raise UserError(f"{out} exists: choose another place with --out, or replace it with --overwrite")
+    if single:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = out.with_name(f".{out.name}.partial")
+        try:
+            _write_gguf(source, partial, kind, out.name.removesuffix(".gguf"))
+            os.replace(partial, out)
+        finally:
+            partial.unlink(missing_ok=True)
+        return out
+    passport = read_passport(source) if source.is_dir() else None
+    made = passport["kind"] if passport and passport["kind"] != "adapter" else "model"
+    licence = (passport or {}).get("licence", {}).get("declared")
+    relation = "quantised_from" if kind in ("q8_0", "q4_0") else "converted_from"
+    config = {"to": to, "type": kind}
+    with create(out, kind=made, config=config, licence=licence, overwrite=overwrite) as draft:
+        draft.add_input(relation, ref)
+        draft.model = (passport or {}).get("model") or {}
+        if to == "gguf":
+            _write_gguf(source, draft.path / f"{out.name}-{kind}.gguf", kind, out.name)
+        else:
+            _write_hf(source, draft.path, kind)
+    return open_artifact(out)
+
+
+def _write_gguf(source: Path, file: Path, kind: str, name: str) -> None:
+    from criadero.checkpoints import load_model, write_gguf
+    from criadero.tokenizer import load_tokenizer
+
+    write_gguf(
+        load_model(source), load_tokenizer(source), file, type=kind.upper(), template=_template(source), name=name
+    )
+
+
+def _write_hf(source: Path, folder: Path, kind: str) -> None:
+    import torch
+
+    from criadero.checkpoints import load_model, save_hf
+    from criadero.tokenizer import load_tokenizer
+
+    dtype = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}.get(kind)
+    model = load_model(source)
+    save_hf(model, model.config, folder, dtype=dtype)
+    load_tokenizer(source).save(folder, chat_template=_template(source))
+
+
+def _template(source: Path) -> str | None:
+    """The chat template's source; None for a base model, which has none."""
+    from criadero.chat import load_template
+    from criadero.checkpoints import read_gguf_template
+
+    if source.is_file():
+        return read_gguf_template(source)
+    try:
+        return load_template(source).source
+    except UserError:
+        return None

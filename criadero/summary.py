@@ -1,0 +1,128 @@
+"""What `criadero show` prints: an artifact's passport in a few lines, or as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from criadero.artifact import Artifact, open_artifact, read_passport, resolve, short_id
+
+
+def as_dict(ref: str | Path | Artifact) -> dict[str, Any]:
+    """``path``, ``kind``, ``id``, ``name``, ``inputs``, ``files``, ``metrics`` and the rest of the passport.
+
+    A folder or file without passport has kind ``imported``, id None, and the files that lie there.
+    """
+    path = resolve(ref)
+    passport = read_passport(path) if path.is_dir() else None
+    if passport is None:
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        rows = [{"path": f.relative_to(path if path.is_dir() else path.parent).as_posix(), "size": f.stat().st_size}
+                for f in files]  # fmt: skip
+        passport = {"kind": "imported", "id": None, "name": path.name, "inputs": [], "files": rows, "metrics": []}
+    first = ("kind", "id", "name", "inputs", "files", "metrics")
+    return {"path": str(path), **{key: passport[key] for key in first}, **passport}
+
+
+def describe(ref: str | Path | Artifact) -> str:
+    """What it is, what it was made of, by which code, and how good it measured: plain text."""
+    facts = as_dict(ref)
+    size = _size(sum(row.get("size") or 0 for row in facts["files"]))
+    if facts["id"] is None:
+        text = f"{facts['name']} · imported · no passport: nothing says what it was made of"
+        return "\n".join([text, f"path      {facts['path']} ({_count(len(facts['files']), 'file')}, {size})"])
+    artifact = open_artifact(ref)
+    lines = [f"{artifact.name} · {artifact.kind} · {short_id(artifact.id)} · sealed {str(facts.get('created'))[:10]}"]
+
+    def add(label: str, text: str) -> None:
+        if text:
+            lines.append(f"{label:<9} {text}")
+
+    add("path", f"{facts['path']} ({_count(len(artifact.files), 'file')}, {size})")
+    model, data, step = (facts.get(key) or {} for key in ("model", "data", "step"))
+    about = [f"{_number(model['params'])} parameters" if "params" in model else ""]
+    about += [
+        f"{label} {_number(model[key])}"
+        for key, label in (("context", "context"), ("vocab", "vocabulary"))
+        if key in model
+    ]
+    add("model", ", ".join(part for part in about if part))
+    add(
+        "data",
+        ", ".join(
+            f"{_number(data[key])} {key}" for key in ("documents", "chats", "tokens") if _is_count(data.get(key))
+        ),
+    )
+    add("trained", f"on {_number(step['tokens'])} tokens" if _is_count(step.get("tokens")) else "")
+    add("code", _code(step))
+    add("licence", str((facts.get("licence") or {}).get("declared") or "not declared"))
+    rows = artifact.sources()
+    if rows:
+        lines += ["made of", *_table(_source_rows(rows), right=(2, 3, 4))]
+    if artifact.metrics:
+        lines += ["measured", *_table(_metric_rows(artifact.metrics), right=(2, 3))]
+    lines += ["lineage", *("  " + line for line in artifact.lineage().splitlines())]
+    return "\n".join(lines)
+
+
+def _code(step: dict[str, Any]) -> str:
+    code = step.get("code") or {}
+    commit = f" ({str(code['git'])[:12]}{', with changes' if code.get('dirty') else ''})" if code.get("git") else ""
+    seeds = ", ".join(f"{name} {value}" for name, value in (step.get("seeds") or {}).items())
+    return str(code.get("package", "unknown")) + commit + (f", {seeds}" if seeds else "")
+
+
+def _source_rows(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    table = [["source", "licence", "documents", "tokens", "removed"]]
+    for row in rows:
+        removed = row.get("removed")
+        if isinstance(removed, dict):
+            removed = sum(value for value in removed.values() if isinstance(value, int))
+        cells = [row.get("name") or row.get("source"), row.get("licence")]
+        table.append(
+            [*(str(cell or "?") for cell in cells), *map(_number, (row.get("documents"), row.get("tokens"), removed))]
+        )
+    return table
+
+
+def _metric_rows(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    table = [["metric", "on", "value", "n"]]
+    for row in rows:
+        value = str(row.get("value", "?"))
+        value = f"{float(value):.4g}" if "." in value and value.replace(".", "", 1).lstrip("-").isdigit() else value
+        where = " ".join(str(row[key]) for key in ("suite", "slice") if row.get(key))
+        table.append([str(row.get("metric") or row.get("name") or "?"), where, value, _number(row.get("n"))])
+    return table
+
+
+def _table(rows: list[list[str]], right: Sequence[int]) -> list[str]:
+    """Aligned columns, those without any value left out."""
+    keep = [n for n in range(len(rows[0])) if any(row[n] for row in rows[1:])]
+    widths = {n: max(len(row[n]) for row in rows) for n in keep}
+    lines = []
+    for row in rows:
+        cells = [row[n].rjust(widths[n]) if n in right else row[n].ljust(widths[n]) for n in keep]
+        lines.append(("  " + "  ".join(cells)).rstrip())
+    return lines
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if _is_count(value) else "" if value is None else str(value)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def _size(count: int) -> str:
+    size, unit = float(count), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.0f} {unit}" if unit == "bytes" or size >= 100 else f"{size:.1f} {unit}"
