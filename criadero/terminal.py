@@ -1,0 +1,178 @@
+"""The chat in a terminal: ``criadero chat MODEL``. With piped input every line is a turn, and output is plain."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.text import Text
+
+from criadero.artifact import Artifact, open_artifact
+from criadero.chat import Message, render
+from criadero.engine.llm import LLM
+from criadero.errors import UserError
+
+HELP = """  /reset          forget the conversation
+  /system TEXT    start again with a system message
+  /undo           take back the last question and its answer
+  /temperature N  0 is always the likeliest word; 0.8 is livelier
+  /help           this list
+  /exit           leave (or Ctrl-D; Ctrl-C stops an answer)"""
+
+
+def fit(llm: LLM, messages: list[Message], answer_tokens: int) -> tuple[list[Message], int]:
+    """The newest turns that leave room for an answer, and how many older messages had to be left out.
+
+    A system message stays; whole question-and-answer turns go, oldest first. UserError when the last question alone is too long.
+    """
+    context = llm.model.config.max_position_embeddings
+    system = [m for m in messages[:1] if m["role"] == "system"]
+    rest, dropped = messages[len(system) :], 0
+    while True:
+        used = len(render([*system, *rest], llm.tokenizer, llm.template, add_generation_prompt=True).ids)
+        if used + answer_tokens <= context:
+            return [*system, *rest], dropped
+        if len(rest) < 3:
+            if used + 16 <= context:
+                return [*system, *rest], dropped
+            raise UserError(f"this message takes {used} tokens and the model's context is {context}; shorten it")
+        rest, dropped = rest[2:], dropped + 2
+
+
+def reply(llm: LLM, messages: list[Message], *, max_tokens: int, temperature: float, seed: int | None) -> Iterator[str]:
+    """Pieces of the answer, with settings that suit small models: a little penalty against repeating."""
+    room = llm.model.config.max_position_embeddings
+    penalty = 1.0 if temperature == 0 else 1.1
+    yield from llm.chat(
+        messages,
+        max_tokens=min(max_tokens, room),
+        temperature=temperature,
+        top_p=0.9,
+        repetition_penalty=penalty,
+        seed=seed,
+    )
+
+
+def chat(
+    ref: str | Path | Artifact, *, system: str | None = None, temperature: float = 0.3, max_tokens: int = 200,
+    seed: int | None = None, lines: Iterable[str] | None = None, out: TextIO | None = None,
+) -> None:  # fmt: skip
+    """Talk to a model until the input ends. ``lines`` replaces the keyboard (for tests and transcripts)."""
+    llm = LLM(ref)
+    llm.template  # noqa: B018  a model without a template says so before the first question
+    out = out or sys.stdout
+    console = Console(file=out, highlight=False, soft_wrap=True)
+    live = lines is None and sys.stdin.isatty() and console.is_terminal
+    if live:
+        console.print(_greeting(llm))
+        console.print(Text("Type a message; /help for commands, /exit to leave.\n", style="dim"))
+    opening: list[Message] = [{"role": "system", "content": system}] if system else []
+    messages = list(opening)
+    for line in _turns(lines, live, console):
+        text = line.strip()
+        if not text:
+            continue
+        if text.startswith("/"):
+            if text.split()[0] in ("/exit", "/quit"):
+                break
+            messages, opening, temperature, said = command(text, messages, opening, temperature)
+            console.print(Text(said, style="dim"))
+            continue
+        messages.append({"role": "user", "content": text})
+        try:
+            visible, dropped = fit(llm, messages, max_tokens)
+        except UserError as error:
+            messages.pop()
+            console.print(Text(f"error: {error}", style="red"))
+            continue
+        if dropped:
+            console.print(
+                Text(f"(the context is full: the model no longer sees the first {dropped} messages)", style="dim")
+            )
+        if not live:
+            print(f"you:   {text}", file=out)
+        console.print(Text("cria>  " if live else "model: ", style="bold green"), end="")
+        messages.append({"role": "assistant", "content": _answer(llm, visible, console, max_tokens, temperature, seed)})
+
+
+def _answer(
+    llm: LLM, messages: list[Message], console: Console, max_tokens: int, temperature: float, seed: int | None
+) -> str:
+    pieces: list[str] = []
+    began = time.monotonic()
+    try:
+        for piece in reply(llm, messages, max_tokens=max_tokens, temperature=temperature, seed=seed):
+            pieces.append(piece)
+            console.out(piece, end="", highlight=False)
+    except KeyboardInterrupt:
+        console.print(Text(" [stopped]", style="dim"), end="")
+    tokens = len(llm.tokenizer.encode("".join(pieces)))
+    speed = f"  ({tokens} tokens, {tokens / max(1e-9, time.monotonic() - began):.0f}/s)" if console.is_terminal else ""
+    console.print(Text(speed, style="dim"))
+    return "".join(pieces)
+
+
+def _greeting(llm: LLM) -> Text:
+    text = Text()
+    if (llm.path / "passport.json").is_file():
+        artifact = open_artifact(llm.path)
+        text.append(artifact.name, style="bold")
+        text.append(f" ({artifact.kind}, {artifact.id[7:19]})")
+    else:
+        text.append(str(llm.path), style="bold")
+    return text.append(
+        f": {llm.model.config.parameters():,} parameters, context {llm.model.config.max_position_embeddings}"
+    )
+
+
+def _turns(lines: Iterable[str] | None, live: bool, console: Console) -> Iterator[str]:
+    if lines is not None:
+        yield from lines
+        return
+    if live:
+        import readline  # noqa: F401  line editing and history for input()
+    while True:
+        try:
+            yield input("you>   " if live else "")
+        except EOFError:
+            if live:
+                console.print()
+            return
+        except KeyboardInterrupt:
+            console.print()
+            return
+
+
+def command(
+    text: str, messages: list[Message], opening: list[Message], temperature: float
+) -> tuple[list[Message], list[Message], float, str]:
+    """Carry out a /command: the new messages, opening, temperature, and what to tell the user."""
+    name, _, rest = text.partition(" ")
+    if name == "/reset":
+        return list(opening), opening, temperature, "the conversation starts again"
+    if name == "/system":
+        opening = [{"role": "system", "content": rest.strip()}] if rest.strip() else []
+        return (
+            list(opening),
+            opening,
+            temperature,
+            "the conversation starts again" + (" with this system message" if opening else ""),
+        )
+    if name == "/undo":
+        kept = messages[: len(messages) - 2] if len(messages) >= len(opening) + 2 else list(opening)
+        return kept, opening, temperature, "the last question and its answer are forgotten"
+    if name == "/temperature":
+        try:
+            value = float(rest)
+            if not 0 <= value <= 2:
+                raise ValueError
+        except ValueError:
+            return messages, opening, temperature, f"temperature is {temperature:g}; give a number from 0 to 2"
+        return messages, opening, value, f"temperature is {value:g}"
+    if name == "/help":
+        return messages, opening, temperature, HELP
+    return messages, opening, temperature, f"no command {name}; /help lists them"
