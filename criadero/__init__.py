@@ -16,8 +16,8 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Artifact": ("criadero.artifact", "Artifact"),
-    "LLM": ("criadero.engine", "LLM"),
-    "SamplingParams": ("criadero.engine", "SamplingParams"),
+    "LLM": ("criadero.engine.llm", "LLM"),
+    "SamplingParams": ("criadero.engine.generate", "SamplingParams"),
     "UserError": ("criadero.errors", "UserError"),
     "load": ("criadero.checkpoints", "load_model"),
     "open": ("criadero.artifact", "open_artifact"),

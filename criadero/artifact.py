@@ -306,7 +306,8 @@ def content_id(path: Path) -> str:
 def verify(path: str | Path) -> list[Problem]:
     """How a sealed folder differs from its passport: every file is hashed. Empty when it does not.
 
-    A passport whose id is not its own hash counts as changed. ``resume/`` is not looked at.
+    A passport whose id is not its own hash counts as changed, and so does a lineage.jsonl in which an ancestor is missing
+    or forged. ``resume/`` is not looked at.
     """
     folder = resolve(path)
     if not folder.is_dir():
@@ -331,7 +332,20 @@ def verify(path: str | Path) -> list[Problem]:
         except OSError:  # a dangling link, or a file that may not be read
             problems.append(Problem(row["path"], "missing"))
     problems += [Problem(name, "extra") for name in there]
+    if all(problem.path != _LINEAGE for problem in problems) and not _chain_holds(Artifact(folder, passport)):
+        problems.append(Problem(_LINEAGE, "changed"))
     return problems
+
+
+def _chain_holds(artifact: Artifact) -> bool:
+    """Whether every ancestor's passport has its own id, and every vouched-for input of each one is among them."""
+    try:
+        known = {one["id"]: one for one in artifact.ancestors()}
+        honest = all(id == passport_id(one) for id, one in known.items())
+        rows = [row for one in (artifact.passport, *known.values()) for row in one.get("inputs") or []]
+        return honest and all(row["id"] in known for row in rows if row.get("verified"))
+    except (UserError, TypeError, KeyError, AttributeError):
+        return False
 
 
 def passport_id(passport: Mapping[str, Any]) -> str:
@@ -480,8 +494,8 @@ def _disk_errors(out: Path) -> Iterator[None]:
         # libraries written in Rust or C++ say it in words
         if code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
             raise UserError(f"{out}: the disk is full: free some space and run again") from error
-        where = str(getattr(error, "filename", None) or "")
-        if code in (errno.EACCES, errno.EPERM, errno.EROFS) and where.startswith(str(out.parent)):
+        where = os.path.abspath(str(getattr(error, "filename", None) or "/"))
+        if code in (errno.EACCES, errno.EPERM, errno.EROFS) and where.startswith(os.path.abspath(out.parent)):
             raise UserError(
                 f"{out}: cannot be written ({os.strerror(code)}): choose another place with --out"
             ) from error

@@ -148,6 +148,21 @@ def test_one_folder_proves_its_chain(tmp_path: Path) -> None:
     assert verify(tmp_path / "chat") == [Problem("lineage.jsonl", "changed")]
 
 
+@pytest.mark.parametrize("forge", [lambda line: None, lambda line: line | {"name": "other"}, lambda line: 3])
+def test_a_forged_ancestor_is_found_though_the_hashes_were_made_again(tmp_path: Path, forge: Any) -> None:
+    make(tmp_path / "base")
+    with create(tmp_path / "chat", kind="chat", config={}) as draft:
+        draft.add_input("finetune_of", tmp_path / "base")
+    lineage, file = tmp_path / "chat" / "lineage.jsonl", tmp_path / "chat" / "passport.json"
+    lines = [forge(json.loads(line)) for line in lineage.read_text().splitlines()]
+    lineage.write_text("".join(json.dumps(line) + "\n" for line in lines if line is not None))
+    passport = json.loads(file.read_text())
+    passport["files"][0] |= {"size": lineage.stat().st_size, "sha256": sha256_file(lineage)[7:]}
+    passport["id"] = artifact.passport_id(passport)
+    file.write_text(json.dumps(passport))
+    assert verify(tmp_path / "chat") == [Problem("lineage.jsonl", "changed")]
+
+
 def test_an_ancestor_used_twice_is_shown_once(tmp_path: Path) -> None:
     data = make(tmp_path / "data", kind="dataset")
     with create(tmp_path / "base", kind="base", config={}) as draft:

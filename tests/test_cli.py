@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -202,8 +201,6 @@ def test_ctrl_c_exits_130(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "criadero.cli", "run", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    while "criadero" not in Path(f"/proc/{process.pid}/cmdline").read_text():
-        time.sleep(0.01)
     writer = os.open(tmp_path / "01-data.toml", os.O_WRONLY)  # returns once the command has opened it
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -230,6 +227,11 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         cli.main(["passport", "verify", "."])
 
 
+def test_data_show(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (shop / "a.txt").write_text("Hola.")
+    assert call(capsys, "data", "show", "a.txt") == (0, "a.txt: 1 document, 5 characters\n\na.txt\n  Hola.\n", "")
+
+
 def test_run_dry(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (shop / "r").mkdir()
     (shop / "r" / "01-tune.toml").write_text('stage = "sft"\nbase = "base"\ndata = "./shop.jsonl"\n')
@@ -251,3 +253,5 @@ def test_public_names(shop: Path) -> None:
         _ = cr.tnue
     with pytest.raises(UserError, match="no such file or folder"):
         cr.open("no/such")
+    for name in cr.__all__:
+        assert getattr(cr, name)
