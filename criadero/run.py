@@ -231,14 +231,15 @@ def _why(step: Step, stale: set[str]) -> str | None:
     here = {one for path in step.paths for one in (glob.glob(path) if glob.has_magic(path) else [path])}
     if again := sorted(here & stale):
         return f"{Path(again[0]).name} is made again"
-    known = set(recorded.values())
+    known, found = set(recorded.values()), set()
     for path in sorted(here):
-        covered = path in recorded or ids.of(path) in known or any(_inside(one, path) for one in recorded)
-        if not covered:
+        if path in recorded or any(_inside(one, path) for one in recorded):
+            continue  # looked at below, file by file
+        if (id := ids.of(path)) not in known:
             return f"{path} is not what it was made of"
-    now = {ids.of(path) for path in here}
+        found.add(id)
     for locator, id in recorded.items():
-        if id not in now and ids.of(locator) != id:
+        if id not in found and ids.of(locator) != id:
             return f"{locator} has changed"
     return None
 

@@ -164,6 +164,34 @@ def test_from_another_working_directory(here: Path, monkeypatch: pytest.MonkeyPa
     assert fakes.done == []
 
 
+def test_a_folder_whose_files_were_recorded_one_by_one_is_not_hashed_whole(
+    here: Path,
+) -> None:
+    """`root` is a folder of gigabytes, of which the recipe reads two files."""
+
+    @dataclass(frozen=True)
+    class DataRecipe:
+        root: str
+
+    def data(recipe: DataRecipe, out: Path, *, overwrite: bool = False, resume: bool = True) -> Artifact:
+        with create(out, kind="dataset", config=asdict(recipe), overwrite=overwrite) as draft:
+            draft.add_input("contains", Path(recipe.root) / "a.txt")
+        ran.append(out.name)
+        return open_artifact(out)
+
+    ran: list[str] = []
+    (here / "big").mkdir()
+    (here / "big" / "01-data.toml").write_text('stage = "data"\nroot = "../texts"\n')
+    stages: Stages = {"data": lambda: (DataRecipe, data)}
+    run("big", stages=stages)
+    (here / "texts" / "b.txt").write_text("not read by the stage")
+    run("big", stages=stages)
+    assert ran == ["01-data"]
+    (here / "texts" / "a.txt").write_text("changed")
+    run("big", stages=stages)
+    assert ran == ["01-data", "01-data"]
+
+
 def test_from(here: Path) -> None:
     fakes = Fakes()
     with pytest.raises(UserError, match="01-data before it is not made yet"):
