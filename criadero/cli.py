@@ -113,7 +113,8 @@ def _print_fields(stage: str) -> None:
             "(must be given)" if required(field) else "" if field.default is dataclasses.MISSING else field.default
         )
         about = field.metadata.get("help", "") or type_name(hint)
-        table.add_row(f"--{name}", str(default), about)
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        table.add_row(f"--{name}", shown, about)
     Console(markup=False, highlight=False).print(table)
 
 
