@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "criadero"
 LAYERS = [
     {"errors", ""},  # "" is criadero/__init__.py: its public names are imported behind __getattr__
     {"artifact", "recipe"},
-    {"tokenizer", "sentencepiece_file", "chat"},
+    {"config", "tokenizer", "sentencepiece_file", "chat"},
     {"model", "lora", "checkpoints", "data"},
     {"train", "engine"},
     {"run", "demo", "terminal", "summary", "export"},
