@@ -7,7 +7,7 @@ block carries its own float16 scale. All arithmetic is float32 and bit-for-bit t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from criadero.errors import UserError
 
-Bytes = NDArray[np.uint8]
+Bytes = NDArray[Any]  # uint8; its own operations would make mypy doubt it
 Floats = NDArray[np.float32]
 
 CHUNK = 1 << 22  # weights packed or unpacked at a time, so that temporaries stay small

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +24,7 @@ from criadero.checkpoints.layout import to_interleaved, to_rotate_half
 from criadero.checkpoints.states import check_shapes, state_of
 from criadero.errors import UserError
 from criadero.model import Llama, ModelConfig, rope_frequencies
-
-if TYPE_CHECKING:
-    from criadero.tokenizer import Tokenizer
+from criadero.tokenizer import Tokenizer
 
 OUTER = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -234,8 +232,8 @@ def write_gguf(
     metadata = _config_keys(config) | {"general.name": name or "model", "general.file_type": FILE_TYPES[type]}
     if type in PACK:
         metadata["general.quantization_version"] = 2
-    if tokenizer is not None:
-        metadata |= tokenizer_keys(tokenizer)
+    if tokenizer is not None:  # where the model and the tokenizer name different ends of a text, the model is right
+        metadata = tokenizer_keys(tokenizer, config.vocab_size) | metadata
     if template is not None:
         metadata["tokenizer.chat_template"] = template
     table = [(gguf_name(key), tuple(tensor.shape), kinds[key]) for key, tensor in state.items()]

@@ -25,7 +25,7 @@ from criadero.errors import UserError
 ALIGNMENT = 32
 HEADER_LIMIT = 1 << 28  # bytes of keys and tensor table; a 256k vocabulary with merges takes about 10 MB
 STRING, ARRAY = 8, 9
-SCALARS = {
+SCALARS: dict[int, np.dtype[Any]] = {
     0: np.dtype("u1"), 1: np.dtype("i1"), 2: np.dtype("<u2"), 3: np.dtype("<i2"), 4: np.dtype("<u4"),
     5: np.dtype("<i4"), 6: np.dtype("<f4"), 7: np.dtype("?"), 10: np.dtype("<u8"), 11: np.dtype("<i8"),
     12: np.dtype("<f8"),

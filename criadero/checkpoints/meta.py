@@ -68,7 +68,7 @@ def read_meta(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         wanted = next((path for path in expected if path not in files), folder / "consolidated.00.pth")
         raise UserError(f"{folder}: {wanted.name} is missing: download the model again")
     with tempfile.TemporaryDirectory(prefix="criadero-meta-") as temporary:
-        parts = [_read_isolated(path, Path(temporary) / f"{path.stem}.safetensors") for path in files]
+        parts = _read_isolated(files, Path(temporary))
         whole = _join(parts, params, folder)
     if "output.weight" in whole and torch.equal(whole["output.weight"], whole["tok_embeddings.weight"]):
         del whole["output.weight"]
@@ -84,30 +84,34 @@ def read_meta(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     return config, state
 
 
-def _read_isolated(source: Path, target: Path) -> dict[str, Tensor]:
-    """The tensors of one ``.pth``, read by a process that may not do anything else."""
-    size = source.stat().st_size
+def _read_isolated(files: list[Path], temporary: Path) -> list[dict[str, Tensor]]:
+    """The tensors of each ``.pth``, read by a process that has nothing else to do."""
+    size = sum(path.stat().st_size for path in files)
     seconds = 60 + size // 20_000_000
     command = [sys.executable, "-I", str(Path(__file__).with_name("meta_reader.py"))]
     try:
         done = subprocess.run(
-            [*command, str(source.resolve()), str(target), str(size), str(seconds)],
+            [*command, str(size), str(seconds), str(temporary), *(str(path.resolve()) for path in files)],
             env={"OMP_NUM_THREADS": "1", "PATH": ""},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             errors="replace",
             timeout=10 * seconds,
-            cwd=target.parent,
+            cwd=temporary,
         )
     except subprocess.TimeoutExpired:
-        raise UserError(f"{source}: reading it took more than {10 * seconds} seconds, and was stopped") from None
-    if done.returncode != 0 or not target.is_file():
+        raise UserError(f"{files[0].parent}: not read after {10 * seconds} seconds, and given up") from None
+    if done.returncode != 0:
         lines = done.stderr.strip().splitlines()
-        reason = lines[-1][:200] if lines else f"the reader ended with code {done.returncode}"
-        raise UserError(f"{source}: cannot be read: {reason}; get the file again, from Meta")
-    # cloned, because the temporary file goes away
-    return {name: tensor.clone() for name, tensor in read_files([target]).items() if not name.endswith("rope.freqs")}
+        reason = lines[-1][-300:] if lines else f"{files[0].parent}: its reader ended with code {done.returncode}"
+        raise UserError(f"{reason}; get the file again, from Meta")
+    parts = []
+    for number in range(len(files)):
+        tensors = read_files([temporary / f"{number}.safetensors"])
+        # cloned, because the temporary file goes away
+        parts.append({name: tensor.clone() for name, tensor in tensors.items() if not name.endswith("rope.freqs")})
+    return parts
 
 
 def _hf_name(name: str) -> str:
@@ -127,7 +131,7 @@ def _join(parts: list[dict[str, Tensor]], params: dict[str, Any], folder: Path) 
             name = min(names ^ set(part))
             raise UserError(f"{folder}: consolidated.{number:02d}.pth and .00 differ: only one has {name}")
     whole: dict[str, Tensor] = {}
-    for name in parts[0]:
+    for name in list(parts[0]):
         pieces = [part.pop(name) for part in parts]
         if pieces[0].ndim != 2:
             whole[name] = pieces[0]  # norms are the same on every rank
@@ -193,7 +197,7 @@ def _scaling(params: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _special_ids(folder: Path) -> dict[str, int | None]:
+def _special_ids(folder: Path) -> dict[str, Any]:
     """First and last token of a text, from the tokenizer beside the weights if there is one."""
     if not (folder / "tokenizer.model").is_file():
         return {}

@@ -214,7 +214,7 @@ def save_hf(
         stale = [*folder.glob("model-*-of-*.safetensors"), folder / "model.safetensors.index.json"]
         for path in [*stale, folder / "model.safetensors"]:
             path.unlink(missing_ok=True)  # a left-over shard or index would be read instead
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, 1):
             one = len(shards) == 1
             name = "model.safetensors" if one else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
