@@ -96,7 +96,7 @@ def test_model_imports_torch_only() -> None:
     names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     foreign = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"torch"}
     assert foreign <= {"criadero"}
-    assert {name for name in names if name.startswith("criadero")} <= {"criadero.errors"}
+    assert {name for name in names if name.startswith("criadero")} <= {"criadero.errors", "criadero.config"}
 
 
 @pytest.mark.parametrize(
