@@ -47,6 +47,8 @@ SPECIAL = ("<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assista
 BOS_NAMES = ("<|bos|>", "<s>", "<|begin_of_text|>")
 EOS_NAMES = ("<|eos|>", "</s>", "<|end_of_text|>")
 PAD_NAMES = ("<|pad|>", "<pad>", "<|finetune_right_pad_id|>")
+# tokens that end an answer, in the vocabularies of the Llama family
+END_NAMES = ("<|end|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "</s>", "<|eos|>", "<|end_of_text|>")
 _CONTROL_LOOK = re.compile(r"<[|｜].*[|｜]>", re.DOTALL)
 _MARK = "\u2581"  # how SentencePiece writes a space
 
@@ -118,12 +120,13 @@ class Tokenizer:
         pad: str | None = None,
     ) -> None:
         self._post = backend.post_processor  # only for `save`: it would add BOS and trim offsets
+        backend.encode_special_tokens = True
+        first = backend.encode("a", add_special_tokens=True).ids[:1]
         description = json.loads(backend.to_str())
         self.kind, self._prefix = _kind_of(description)
         backend.post_processor = None
         backend.no_padding()
         backend.no_truncation()
-        backend.encode_special_tokens = True
         named = {name for name in (bos, eos, pad) if name is not None}
         added = backend.get_added_tokens_decoder()
         for name in named:
@@ -148,8 +151,15 @@ class Tokenizer:
         self._special_ids = frozenset(self.special.values())
         self.vocab_size = max(self._vocab, default=-1) + 1
         self.bos_id, self.eos_id, self.pad_id = (self.special[t] if t is not None else None for t in (bos, eos, pad))
-        self._names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
+        self.adds_bos = self.bos_id is not None and first == [self.bos_id]  # whether plain text gets BOS in front
+        ends = (self.special[name] for name in END_NAMES if name in self.special)
+        self.end_ids = tuple(sorted({*ends, *(() if self.eos_id is None else (self.eos_id,))}))
+        named_tokens = (("bos", bos), ("eos", eos), ("pad", pad))
+        self.names = {key: name for key, name in named_tokens if name is not None}
         self._bytes: dict[int, bytes] = {}
+        longest_first = sorted(self.special, key=len, reverse=True)
+        self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._inner = _without_first_prefix(backend, description)
 
     # --- text to ids ---
 
@@ -169,6 +179,42 @@ class Tokenizer:
         """
         encoding = self._backend.encode(mend_surrogates(text), add_special_tokens=False)
         return encoding.ids, encoding.offsets
+
+    def encode_template(self, text: str, plain: Sequence[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and character offsets of a rendered chat: special tokens are recognised, but not in the ``plain`` spans.
+
+        ``plain`` are the (start, end) of the contents, in order. What stands between two special tokens is encoded as one
+        string, as Hugging Face does, so the ids are Hugging Face's where no content spells a special token. ``text`` must
+        hold no surrogates.
+        """
+        tokens: list[tuple[int, int, str]] = []
+        at = 0
+        for start, end in [*plain, (len(text), len(text))]:
+            tokens += [(m.start(), m.end(), m.group()) for m in self._special_pattern.finditer(text, at, start)]
+            at = max(at, end)
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+
+        def run(start: int, end: int) -> None:
+            if start < end:
+                backend = self._backend if start == 0 or self._inner is None else self._inner
+                encoding = backend.encode(text[start:end], add_special_tokens=False)
+                ids.extend(encoding.ids)
+                offsets.extend((start + a, start + b) for a, b in encoding.offsets)
+
+        done = 0
+        for start, end, name in tokens:
+            before, after = start, end
+            if self._added[name].lstrip:  # such a token swallows the white space beside it
+                before = done + len(text[done:start].rstrip())
+            if self._added[name].rstrip:
+                after = len(text) - len(text[end:].lstrip())
+            run(done, before)
+            ids.append(self.special[name])
+            offsets.append((start, end))
+            done = after
+        run(done, len(text))
+        return ids, offsets
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for many texts at once, in parallel."""
@@ -224,7 +270,7 @@ class Tokenizer:
             holder = tokenizers.Tokenizer(models.BPE())
             holder.post_processor = self._post
             description["post_processor"] = json.loads(holder.to_str())["post_processor"]
-        names = {key: name for key, name in self._names.items() if name is not None}
+        names = {f"{key}_token": name for key, name in self.names.items()}
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         config |= names
         if chat_template is not None:
@@ -237,6 +283,20 @@ class Tokenizer:
         ):
             text = json.dumps(content, ensure_ascii=False, indent=1 if name == "tokenizer.json" else 2) + "\n"
             (folder / name).write_text(text, encoding="utf-8", newline="\n")
+
+
+def _without_first_prefix(backend: tokenizers.Tokenizer, description: dict) -> tokenizers.Tokenizer | None:
+    """For ``Metaspace`` with ``prepend_scheme: first``, the same vocabulary without the space in front: for text that
+    stands after a special token. None where all pieces of a text are treated alike."""
+    step = description.get("pre_tokenizer") or {}
+    if step.get("type") != "Metaspace" or step.get("prepend_scheme") != "first":
+        return None
+    copy = tokenizers.Tokenizer.from_str(backend.to_str())
+    copy.pre_tokenizer = pre_tokenizers.Metaspace(
+        replacement=step.get("replacement", _MARK), prepend_scheme="never", split=step.get("split", True)
+    )
+    copy.encode_special_tokens = True
+    return copy
 
 
 class StreamDecoder:

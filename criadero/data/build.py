@@ -29,6 +29,7 @@ from criadero.errors import UserError
 from criadero.recipe import nearest
 
 ROOT = "../shared/data"
+UNREAD = ("not_chosen", "many_turns", "over_max_documents", "bad_row")  # reasons that stand before the filters
 
 
 def _help(text: str, default: Any = dataclasses.MISSING) -> Any:
@@ -57,6 +58,7 @@ class Source:
     min_words: int | None = _help("instead of the recipe's min_words", None)
     max_lix: float = _help("leave out documents harder than this LIX (0: any)", 0.0)
     skip_bad: bool = _help("count malformed rows instead of stopping", False)
+    held_out: float | None = _help("instead of the recipe's held_out", None)
     trusted: bool = _help("written for this purpose: normalised, but neither filtered nor deduplicated", False)
 
 
@@ -73,12 +75,14 @@ class DataRecipe:
     min_words: int = _help("shortest document, in words", 20)
     max_code: float = _help("largest share of { } < > = _ | among the characters", 0.01)
     max_duplicate_lines: float = _help("largest share of repeated lines", 0.3)
+    max_archaic: float = _help("largest share of archaic words in a text (0: any)", 0.0)
+    blocked: tuple[str, ...] = _help("regular expressions of words; a document with one is removed", ())
     exact_dedup: bool = _help("remove exact duplicates", True)
     paragraph_words: int = _help("take out repeated paragraphs of so many words and more (0: leave them)", 12)
     near_dedup: float = _help("remove documents this alike by word 5-grams (0: off)", 0.7)
     held_out: float = _help("fraction of documents held out, by hash of the text", 0.01)
     held_out_bytes: int = _help("at most so many bytes held out per language and kind", 300_000)
-    keep_removed: bool = _help("write what was removed, and why, to removed.jsonl.zst", False)
+    keep_removed: bool = _help("write what the filters removed, and why, to removed.jsonl.zst", False)
     seed: int = _help("of the split and of capped sources", 0)
 
 
@@ -105,7 +109,7 @@ def build_data(recipe: DataRecipe, out: str | Path, *, overwrite: bool = False, 
         with ExitStack() as stack:
             if recipe.keep_removed:
                 removed = stack.enter_context(JsonlWriter(draft.path / "removed.jsonl.zst"))
-                tally.keep = lambda d, why: removed.write({**as_row(d), "reason": why})
+                tally.keep = lambda d, why: None if why in UNREAD else removed.write({**as_row(d), "reason": why})
             train = stack.enter_context(JsonlWriter(draft.path / "train-00000.jsonl.zst"))
             held = stack.enter_context(JsonlWriter(draft.path / "held_out-00000.jsonl.zst"))
             table = Table(recipe.source)
@@ -144,6 +148,8 @@ def find_sources(recipe: DataRecipe) -> dict[str, list[Path]]:
     twice = [name for name, n in Counter(names).items() if n > 1]
     if twice:
         raise UserError(f"source {twice[0]!r} is given twice; give each its own name")
+    for pattern in recipe.blocked:
+        compile_pattern(pattern, "blocked")
     found = {}
     for source in recipe.source:
         for condition in source.where:
@@ -193,6 +199,10 @@ def clean(
             documents = filters.quality(documents, tally, thresholds=thresholds)
             if chat:
                 documents = filters.pasted(documents, tally)
+        if recipe.max_archaic and source.kind == "text":
+            documents = filters.archaic(documents, tally, max_share=recipe.max_archaic)
+        if recipe.blocked:
+            documents = filters.blocked(documents, tally, words=recipe.blocked)
         if source.max_lix:
             documents = filters.readability(documents, tally, max_lix=source.max_lix)
         return documents
@@ -273,14 +283,16 @@ def parse_condition(text: str, source: str) -> Any:
         )
     name, sign, value = match.groups()
     if "~" in sign:
-        try:
-            pattern = re.compile(value)
-        except re.error as error:
-            raise UserError(
-                f"source {source}: {value!r} in where is no regular expression ({error}); mend it"
-            ) from error
+        pattern = compile_pattern(value, f"source {source}, where")
         return lambda row: bool(pattern.search(str(row.get(name) or ""))) == (sign == "~")
     return lambda row: (str(row.get(name) or "") == value) == (sign == "=")
+
+
+def compile_pattern(text: str, where: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise UserError(f"{where}: {text!r} is no regular expression ({error}); mend it") from error
 
 
 def cap_bytes(documents: Iterable[Document], tally: filters.Tally, most: Mapping[str, int]) -> Iterator[Document]:
@@ -304,14 +316,14 @@ def hash_of(seed: int, *parts: str) -> int:
 def split_documents(documents: Iterable[Document], recipe: DataRecipe) -> Iterator[tuple[str, Document]]:
     """Yield ``("train" | "held_out", document)``. A document is held out by the hash of its text, whatever else is in the data.
 
-    The candidates (``held_out`` of all) are kept in memory; of each language and kind those of the lowest hash are held out, up to
+    The candidates (a ``held_out`` share) are kept in memory; of each language and kind those of the lowest hash are held out, up to
     ``held_out_bytes``, and the others go to training.
     """
-    limit = int(recipe.held_out * 2**64)
+    limits = {s.name: int((recipe.held_out if s.held_out is None else s.held_out) * 2**64) for s in recipe.source}
     candidates: dict[tuple[str, str], list[tuple[int, Document]]] = defaultdict(list)
     for document in documents:
         h = hash_of(recipe.seed, "split", document.text)
-        if h < limit:
+        if h < limits[document.source]:
             candidates[document.lang, document.kind].append((h, document))
         else:
             yield "train", document
@@ -359,7 +371,6 @@ class Table:
         rows = []
         for s in self.sources:
             removed = tally.by_reason(s.name)
-            before = ("not_chosen", "many_turns", "over_max_documents", "bad_row")
             licences = self.licences[s.name]
             splits = {
                 split: {what: self.out[s.name, split, what] for what in ("documents", "bytes")}
@@ -370,7 +381,7 @@ class Table:
                 {
                     "name": s.name, "kind": s.kind, "licence": " / ".join(sorted(licences)) or s.licence, "url": s.url,
                     "attribution": s.attribution,
-                    "documents_in": self.documents_in[s.name] + sum(removed.get(r, 0) for r in before),
+                    "documents_in": self.documents_in[s.name] + sum(removed.get(r, 0) for r in UNREAD),
                     "documents_out": splits["train"]["documents"] + splits["held_out"]["documents"],
                     "bytes_chosen": self.bytes_in[s.name],
                     "bytes_out": splits["train"]["bytes"] + splits["held_out"]["bytes"],

@@ -105,34 +105,53 @@ def open_binary(path: Path) -> BinaryIO:
     if suffix == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
     if suffix == ".zst":
-        import zstandard
-
-        # 2**27: files packed with `zstd --long=27` need the larger window.
-        return _Zstd(
-            zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(path.open("rb"), read_across_frames=True)
-        )  # type: ignore[return-value]
+        return io.BufferedReader(_Zstd(path), 1 << 20)
     return path.open("rb")
 
 
 class _Zstd(io.RawIOBase):
-    """zstandard's reader as a plain raw stream, its errors turned into OSError like gzip's."""
+    """Unpacked bytes of a .zst file, frame after frame. A damaged or cut-off file raises OSError: zstandard's own reader ends
+    quietly where a file was cut, which would lose rows without a word."""
 
-    def __init__(self, reader: Any) -> None:
-        self.reader = reader
+    def __init__(self, path: Path) -> None:
+        import zstandard
+
+        # 2**27: files packed with `zstd --long=27` need the larger window
+        self.decompressor = zstandard.ZstdDecompressor(max_window_size=2**27)
+        self.error = zstandard.ZstdError
+        self.file = path.open("rb")
+        self.frame = self.decompressor.decompressobj()
+        self.inside = False  # within a frame that has not ended
+        self.ready = b""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        import zstandard
+        while not self.ready:
+            packed = self.file.read(1 << 18)
+            if not packed:
+                if self.inside:
+                    raise OSError("the .zst is cut off before its end")
+                return 0
+            self.ready = b"".join(self._unpack(packed))
+        n = min(len(buffer), len(self.ready))
+        buffer[:n], self.ready = self.ready[:n], self.ready[n:]
+        return n
 
-        try:
-            return self.reader.readinto(buffer)
-        except zstandard.ZstdError as error:
-            raise OSError(f"damaged .zst: {error}") from error
+    def _unpack(self, packed: bytes) -> Iterator[bytes]:
+        while packed:
+            try:
+                yield self.frame.decompress(packed)
+            except self.error as error:
+                raise OSError(f"damaged .zst: {error}") from error
+            self.inside = not self.frame.eof
+            packed = self.frame.unused_data if self.frame.eof else b""
+            if self.frame.eof:
+                self.frame = self.decompressor.decompressobj()
 
     def close(self) -> None:
-        self.reader.close()
+        self.file.close()
         super().close()
 
 
@@ -142,12 +161,8 @@ def _complain(message: str, skip_bad: bool, bad: list[str]) -> None:
     bad.append(message)
 
 
-def _lines(stream: BinaryIO) -> Iterator[bytes]:
-    return iter(io.BufferedReader(stream, 1 << 20) if isinstance(stream, io.RawIOBase) else stream)
-
-
 def _read_jsonl(file: Path, stream: BinaryIO, skip_bad: bool, bad: list[str]) -> Iterator[tuple[str, Row]]:
-    for number, line in enumerate(_lines(stream), 1):
+    for number, line in enumerate(stream, 1):
         line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         if not line.strip():
             continue

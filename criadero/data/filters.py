@@ -138,8 +138,9 @@ _LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]")
 def identify(text: str, *, languages: Sequence[str] = ("en", "es")) -> tuple[str, float]:
     """Guess the language by function words: one of ``languages``, ``"other"`` or ``"unknown"``, and the winner's share of votes.
 
-    Text mostly outside the Latin script is ``other``; fewer than two votes, or a tie, is ``unknown`` (too short to say). Measured
-    on XQuAD paragraphs and MGSM questions in ``tests/test_filters.py``, which hold the accuracy. Looks at 20 000 characters.
+    Text mostly outside the Latin script is ``other``; fewer than two votes, or a tie, is ``unknown`` (too short to say).
+    Measured (``tests/test_filters.py``): XQuAD's 480 paragraphs 99.8 % right, MGSM's 500 questions 100 %, XQuAD's 2380 short questions
+    99.1 %, the rest unknown, none taken for the other of the two. Looks at 20 000 characters.
     """
     text = text[:20000]
     letters = sum(map(str.isalpha, text))
@@ -314,6 +315,40 @@ def readability(documents: Iterable[Document], tally: Tally, *, max_lix: float) 
     for document in documents:
         if lix(document.text) > max_lix:
             tally.drop(document, "hard")
+        else:
+            yield document
+
+
+_ARCHAIC = {
+    "en": re.compile(r"\b(?:thee|thou|thy|thine|hath|doth|ye|'tis|'twas|wilt|shalt)\b", re.IGNORECASE),
+    # the Academy dropped the accent of these four one-letter words in 1911
+    "es": re.compile(r"(?<!\w)[áóéú](?!\w)", re.IGNORECASE),
+}
+
+
+def archaic(documents: Iterable[Document], tally: Tally, *, max_share: float) -> Iterator[Document]:
+    """Remove texts in old spelling or grammar (``archaic``): English "thou hath", Spanish "á" and "ó" with an accent.
+
+    ``max_share`` is the largest share of such words among all. A verse quoted in a chapter stays below 0.002.
+    """
+    for document in documents:
+        pattern = _ARCHAIC.get(document.lang)
+        if pattern and len(pattern.findall(document.text)) > max_share * len(document.text.split()):
+            tally.drop(document, "archaic")
+        else:
+            yield document
+
+
+def blocked(documents: Iterable[Document], tally: Tally, *, words: Sequence[str]) -> Iterator[Document]:
+    """Remove documents with one of ``words`` (regular expressions for whole words, any case; ``blocked_word``).
+
+    C4 drops every page with a word of a long public list; Dodge et al. 2021 (arXiv 2104.08758, section 5.3) show that such a list also
+    removes what minorities write about themselves. Keep it short: words that a model must not learn to say.
+    """
+    pattern = re.compile(rf"\b(?:{'|'.join(words)})\b", re.IGNORECASE)
+    for document in documents:
+        if pattern.search(document.text):
+            tally.drop(document, "blocked_word")
         else:
             yield document
 

@@ -18,8 +18,6 @@ from criadero.errors import UserError
 if TYPE_CHECKING:
     from criadero.tokenizer import Tokenizer
 
-SPECIAL = ("<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-
 
 @dataclass(frozen=True)
 class TokenizerRecipe:
@@ -42,14 +40,14 @@ def build_tokenizer(
     Metrics: bytes a token on the held-out documents by language and kind. UserError: a vocabulary too small for bytes and special
     tokens, a dataset that is not one.
     """
+    from criadero.chat import builtin_template
+    from criadero.tokenizer import SPECIAL, train_bpe
+
     least = 256 + len(SPECIAL)
     if recipe.vocab_size < least:
         raise UserError(
             f"vocab_size {recipe.vocab_size}: at least {least} are needed (256 bytes, {len(SPECIAL)} special tokens)"
         )
-    from criadero.chat import builtin_template
-    from criadero.tokenizer import train_bpe
-
     template = builtin_template(recipe.template)
     with create(
         out, kind="tokenizer", config=dataclasses.asdict(recipe), seeds={"sample": recipe.seed}, overwrite=overwrite
