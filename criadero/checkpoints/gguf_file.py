@@ -61,6 +61,7 @@ class _Cursor:
         self.limited = size > HEADER_LIMIT
 
     def bad(self, reason: str) -> UserError:
+        reason = reason if len(reason) <= 200 else reason[:120] + " ... " + reason[-60:]  # a damaged name may be long
         return UserError(f"{self.path}: damaged GGUF file: {reason}; get the file again")
 
     def room(self, count: int, each: int, what: str) -> None:
