@@ -8,8 +8,9 @@ A template is Jinja, as Hugging Face has it; its file travels with the weights. 
 2. The text is encoded once. Special tokens are recognised only in what the template wrote: a content that spells one is
    text. What stands between two special tokens is one string for the tokenizer, so the ids are those that transformers
    gives for the same template wherever contents spell no special tokens.
-3. The loss mask is read off the tokens' character offsets: the tokens that touch an assistant's content, and what follows
-   up to and including the special token that ends the turn. Nothing is encoded twice. Where the template has
+3. The loss mask is read off the tokens' character offsets: the tokens that touch an assistant's content, what follows
+   up to and including the special token that ends the turn, and what stands between the prompt for an answer and the
+   answer (a space in llama2 and vicuna): all that a model has to generate. Nothing is encoded twice. Where the template has
    ``{% generation %}`` tags, they decide instead.
 
 Prefix: the ids of ``render(chat[:-1], add_generation_prompt=True)`` are those of ``render(chat)`` up to its last answer, for
@@ -25,7 +26,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -120,8 +121,13 @@ def render(
     roles = [message["role"] for message in messages]
     contents = [mend_surrogates(message["content"]) for message in messages]
     open_, close = _marks(contents, template)
-    variables = {f"{key}_token": name for key, name in tokenizer.names.items()}
-    variables |= {"add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
+    named = {f"{key}_token": name for key, name in tokenizer.names.items()}
+    variables: dict[str, Any] = {
+        "add_generation_prompt": add_generation_prompt,
+        "tools": None,
+        "documents": None,
+        **named,
+    }
     text, skeleton = (
         _run(template, variables | {"messages": [{"role": r, "content": c} for r, c in zip(roles, these, strict=True)]})
         for these in (contents, [f"{open_}{turn}{close}" for turn in range(len(contents))])
@@ -132,7 +138,11 @@ def render(
     plain = sorted((start, end) for start, end, _ in spans)
     ids, offsets = tokenizer.encode_template(text, plain)
     if learned is None:
-        learned = _answers(ids, offsets, spans, roles, tokenizer, template, add_generation_prompt)
+        lead = _lead(template, tuple(named.items()))
+        learned = [
+            (start - len(lead) if text.endswith(lead, 0, start) else start, end)
+            for start, end in _answers(ids, offsets, spans, roles, tokenizer, template, add_generation_prompt)
+        ]
     if train_on == "last":
         learned = learned[-1:]
     mask = [any(_touch(offset, span) for span in learned) for offset in offsets]
@@ -212,7 +222,8 @@ def _find_contents(
     if text.startswith(literals[0]):
         ways[len(literals[0])] = ()
     for turn, literal in zip(turns, literals[1:], strict=True):
-        content, longer = contents[turn], {}
+        content = contents[turn]
+        longer: dict[int, tuple[tuple[int, int, int], ...]] = {}
         for at, spans in ways.items():
             for shape in (content, content.strip(), content.lstrip(), content.rstrip()):
                 end = at + len(shape)
@@ -230,6 +241,24 @@ def _find_contents(
             "be placed; use a template that writes contents as they are"
         )
     return list(ways[len(text)])
+
+
+@lru_cache(maxsize=64)
+def _lead(template: Template, named: tuple[tuple[str, str], ...]) -> str:
+    """What the template writes between the prompt for an answer and the answer: a model has to generate that too.
+
+    It is a space in llama2 and vicuna, and empty in the others; empty too where a short chat does not tell.
+    """
+    question: Message = {"role": "user", "content": "Q"}
+    answer: Message = {"role": "assistant", "content": "\U000f5ff0"}
+    variables: dict[str, Any] = {"tools": None, "documents": None, **dict(named)}
+    try:
+        prompt = _run(template, variables | {"messages": [question], "add_generation_prompt": True})
+        whole = _run(template, variables | {"messages": [question, answer], "add_generation_prompt": False})
+    except UserError:
+        return ""
+    before, found, _ = whole.partition(answer["content"])
+    return before.removeprefix(prompt) if found and before.startswith(prompt) else ""
 
 
 def _answers(

@@ -10,6 +10,7 @@ One helper serves all templates of a process; it starts when first needed and en
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import select
@@ -170,10 +171,8 @@ def _serve() -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
-    try:
+    with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    except (ValueError, OSError):
-        pass
     for line in sys.stdin.buffer:
         request = json.loads(line)
         try:
