@@ -303,8 +303,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, int]:
 @pytest.fixture
 def limited() -> Iterator[None]:
     """No more than 1 GB of further memory: a count taken on trust would fail here."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        used = int(file.read().split()[0]) * resource.getpagesize()
+    statm = Path("/proc/self/statm")
+    if not statm.exists():  # macOS neither says how much is used nor limits it
+        yield
+        return
+    used = int(statm.read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, before[1]))
     yield

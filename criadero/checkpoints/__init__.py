@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from criadero.artifact import Artifact, resolve
+from criadero.artifact import Artifact, read_passport, resolve
+from criadero.chat import Template, load_template
 from criadero.checkpoints.gguf import read_gguf, read_gguf_config, write_gguf
 from criadero.checkpoints.gguf_vocab import read_gguf_template, read_gguf_tokenizer
 from criadero.checkpoints.meta import is_meta_folder, read_meta
@@ -18,6 +19,7 @@ from criadero.checkpoints.safetensors_hf import read_config, read_hf, read_json,
 from criadero.checkpoints.states import build
 from criadero.errors import UserError
 from criadero.model import Llama, ModelConfig
+from criadero.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "load_config",
@@ -29,6 +31,8 @@ __all__ = [
     "read_hf",
     "read_meta",
     "save_hf",
+    "template_of",
+    "tokenizer_of",
     "write_gguf",
 ]
 
@@ -45,7 +49,9 @@ def load_model(ref: Ref, *, dtype: torch.dtype | None = None, device: str | torc
     if path.is_dir() and (path / ADAPTER).is_file():
         from criadero.lora import load_adapter, merge
 
-        model = load_model(adapter_base(path), dtype=dtype, device=device)
+        base = adapter_base(path)
+        _check_base(path, base)
+        model = load_model(base, dtype=dtype, device=device)
         load_adapter(model, path)
         return merge(model).requires_grad_(True).eval()
     config, state = _read(path)
@@ -62,6 +68,47 @@ def load_config(ref: Ref) -> ModelConfig:
     if is_meta_folder(path):
         return read_meta(path)[0]
     return read_config(_model_folder(path))
+
+
+def tokenizer_of(ref: Ref) -> Tokenizer:
+    """The tokenizer that travels with a model: of a folder, in a ``.gguf`` file, or an adapter's base's."""
+    path = resolve(ref)
+    if path.is_file():
+        found = read_gguf_tokenizer(_gguf(path))
+        if found is None:
+            raise UserError(f"{path}: this GGUF file has no tokenizer that can be read: use the model's folder")
+        return found
+    if (path / ADAPTER).is_file() and not any((path / n).is_file() for n in ("tokenizer.json", "tokenizer.model")):
+        return tokenizer_of(adapter_base(path))
+    return load_tokenizer(path)
+
+
+def template_of(ref: Ref) -> Template:
+    """The chat template that travels with a model: of a folder, in a ``.gguf`` file, or an adapter's base's."""
+    path = resolve(ref)
+    if path.is_file():
+        source = read_gguf_template(_gguf(path))
+        if source is None:
+            raise UserError(f"{path} has no chat template: it is a base model, which has not learned to chat")
+        return Template(source, str(path))
+    if (path / ADAPTER).is_file():
+        try:
+            return load_template(path)
+        except UserError:
+            return template_of(adapter_base(path))
+    return load_template(path)
+
+
+def _check_base(folder: Path, base: Path) -> None:
+    """A sealed adapter belongs to the one base that its passport names: another of the same shape would give nonsense."""
+    passport = read_passport(folder)
+    there = read_passport(base) if base.is_dir() else None
+    wanted = [row["id"] for row in passport["inputs"] if row.get("relation") == "finetune_of"] if passport else []
+    if there and wanted and there["id"] not in wanted:
+        raise UserError(
+            f"{folder}: this adapter was made on another base than {base} (its passport names {wanted[0][7:19]}, "
+            f"this is {there['id'][7:19]}): bring that base back, or tune again"
+        )
 
 
 def adapter_base(folder: Path) -> Path:

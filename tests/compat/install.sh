@@ -7,6 +7,6 @@ PYTHON="${PYTHON:-.venv/bin/python}"
 [ -x "$PYTHON" ] || PYTHON=python3
 rm -rf .compat.partial
 "$PYTHON" -m pip install --quiet --no-deps --target .compat.partial \
-    "transformers==4.51.3" "tokenizers==0.21.*" "huggingface-hub==0.36.*" requests urllib3 charset-normalizer
+    "transformers==4.51.3" "tokenizers==0.21.*" "huggingface-hub==0.36.*" requests urllib3 charset-normalizer idna certifi
 rm -rf .compat
 mv .compat.partial .compat
