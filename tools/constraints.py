@@ -15,7 +15,15 @@ HEAD = """\
 
 
 def main() -> None:
-    command = [sys.executable, "-m", "pip", "list", "--format=freeze", "--exclude-editable", "--disable-pip-version-check"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "list",
+        "--format=freeze",
+        "--exclude-editable",
+        "--disable-pip-version-check",
+    ]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     # torch==2.13.0+cpu is Linux's name for what is 2.13.0 elsewhere
     lines = {re.sub(r"\+\w+$", "", line) for line in listed if re.fullmatch(r"[\w.-]+==[\w.!+-]+", line)}

@@ -45,5 +45,5 @@ if [ "$(uname -s)" = Linux ] && [ ! -e /proc/driver/nvidia/version ]; then
 fi
 
 echo "Installing into .venv; PyTorch is large, so the first time takes some minutes ..." >&2
-.venv/bin/python -m pip install --quiet --no-input --disable-pip-version-check --no-warn-script-location \
+.venv/bin/python -m pip install -qq --no-input --disable-pip-version-check --no-warn-script-location \
     --constraint constraints.txt ${index:+--extra-index-url "$index"} --editable ".${1:+[$1]}" </dev/null
