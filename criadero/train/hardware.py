@@ -22,7 +22,7 @@ def keep_memory() -> None:
     mallopt = ctypes.CDLL(None).mallopt
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # names of mallopt(3)
     mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(trim_threshold, -1)  # as an unsigned number: never; 2 GiB, the largest int, is too little
     mallopt(top_pad, 256 * 2**20)
 
 
