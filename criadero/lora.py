@@ -45,9 +45,7 @@ def attach(
     """Freeze ``model`` and put an adapter beside every linear layer whose last name is in ``targets``; the new parameters."""
     if rank < 1:
         raise UserError(f"lora_rank must be at least 1, not {rank}")
-    wrong = sorted(set(targets) - set(ALL_LINEAR))
-    if wrong or not targets:
-        raise UserError(f"lora_targets: {', '.join(wrong) or 'none given'}; choose from {', '.join(ALL_LINEAR)}")
+    check_targets(targets)
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     scale = alpha / math.sqrt(rank) if rslora else alpha / rank
@@ -60,6 +58,13 @@ def attach(
         setattr(parent, child, layer)
         found += [(f"{name}.lora_A", layer.lora_A), (f"{name}.lora_B", layer.lora_B)]
     return found
+
+
+def check_targets(targets: tuple[str, ...]) -> None:
+    """UserError when there are none, or one that is no linear layer of a block."""
+    wrong = sorted(set(targets) - set(ALL_LINEAR))
+    if wrong or not targets:
+        raise UserError(f"lora_targets: {', '.join(wrong) or 'none given'}; choose from {', '.join(ALL_LINEAR)}")
 
 
 def _linears(model: Llama, targets: tuple[str, ...]) -> list[tuple[str, nn.Module, str]]:
@@ -110,8 +115,8 @@ def load_adapter(model: Llama, folder: Path) -> Llama:
     path = folder / "adapter_config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        rank, alpha, targets = config["r"], config["lora_alpha"], config["target_modules"]
-    except (OSError, ValueError, KeyError) as error:
+        rank, alpha, targets = int(config["r"]), float(config["lora_alpha"]), config["target_modules"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a readable adapter ({error})") from None
     for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "lora_bias"):
         if config.get(key):
@@ -120,6 +125,10 @@ def load_adapter(model: Llama, folder: Path) -> Llama:
         raise UserError(f"{path}: only LoRA adapters without bias can be read")
     if isinstance(targets, str):
         targets = ALL_LINEAR if targets == "all-linear" else (targets,)
+    if not isinstance(targets, list | tuple) or rank < 1 or not set(targets) <= set(ALL_LINEAR):
+        raise UserError(
+            f"{path}: r = {rank}, target_modules = {targets!r}: only ranks from 1 and {', '.join(ALL_LINEAR)} can be read"
+        )
     attach(model, rank=rank, alpha=alpha, targets=tuple(targets), rslora=bool(config.get("use_rslora")))
     try:
         tensors = load_file(folder / "adapter_model.safetensors")

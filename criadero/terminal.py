@@ -13,6 +13,7 @@ from rich.text import Text
 
 from criadero.artifact import Artifact, open_artifact
 from criadero.chat import Message, render
+from criadero.engine.generate import SamplingParams
 from criadero.engine.llm import LLM
 from criadero.errors import UserError
 
@@ -30,6 +31,7 @@ def fit(llm: LLM, messages: list[Message], answer_tokens: int) -> tuple[list[Mes
     A system message stays; whole question-and-answer turns go, oldest first. UserError when the last question alone is too long.
     """
     context = llm.model.config.max_position_embeddings
+    answer_tokens = min(answer_tokens, context // 2)  # a long answer must not push out the whole conversation
     system = [m for m in messages[:1] if m["role"] == "system"]
     rest, dropped = messages[len(system) :], 0
     while True:
@@ -62,6 +64,7 @@ def chat(
     seed: int | None = None, lines: Iterable[str] | None = None, out: TextIO | None = None,
 ) -> None:  # fmt: skip
     """Talk to a model until the input ends. ``lines`` replaces the keyboard (for tests and transcripts)."""
+    SamplingParams(temperature=temperature, max_tokens=max_tokens)  # refuses what cannot be, before loading
     llm = LLM(ref)
     llm.template  # noqa: B018  a model without a template says so before the first question
     out = out or sys.stdout
@@ -138,6 +141,8 @@ def _turns(lines: Iterable[str] | None, live: bool, console: Console) -> Iterato
     while True:
         try:
             yield input("you>   " if live else "")
+        except UnicodeDecodeError as error:
+            raise UserError(f"the input is not UTF-8 ({error.reason}); convert it first") from None
         except EOFError:
             if live:
                 console.print()

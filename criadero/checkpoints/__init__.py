@@ -5,6 +5,7 @@ The layout is converted once, here: everything past this package has Hugging Fac
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -53,6 +54,7 @@ def load_model(ref: Ref, *, dtype: torch.dtype | None = None, device: str | torc
         _check_base(path, base)
         model = load_model(base, dtype=dtype, device=device)
         load_adapter(model, path)
+        model.config = _with_ends(model.config, path)
         return merge(model).requires_grad_(True).eval()
     config, state = _read(path)
     return build(config, state, dtype=dtype, device=device)
@@ -62,7 +64,7 @@ def load_config(ref: Ref) -> ModelConfig:
     """The configuration of what `load_model` would load; weights are read only where it cannot be known without them."""
     path = resolve(ref)
     if path.is_dir() and (path / ADAPTER).is_file():
-        return load_config(adapter_base(path))
+        return _with_ends(load_config(adapter_base(path)), path)
     if path.is_file():
         return read_gguf_config(_gguf(path))
     if is_meta_folder(path):
@@ -97,6 +99,15 @@ def template_of(ref: Ref) -> Template:
         except UserError:
             return template_of(adapter_base(path))
     return load_template(path)
+
+
+def _with_ends(config: ModelConfig, adapter: Path) -> ModelConfig:
+    """The base's configuration with the ids that end an answer after tuning, where the adapter's folder names them."""
+    file = adapter / "generation_config.json"
+    eos = read_json(file).get("eos_token_id") if file.is_file() else None
+    if eos is None:
+        return config
+    return dataclasses.replace(config, eos_token_id=tuple(eos) if isinstance(eos, list) else eos)
 
 
 def _check_base(folder: Path, base: Path) -> None:

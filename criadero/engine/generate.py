@@ -44,7 +44,7 @@ class SamplingParams:
 
 def choose(logits: Tensor, params: SamplingParams, seen: Sequence[int], generator: torch.Generator) -> int:
     """The next id from logits ``[V]``."""
-    logits = logits.float()
+    logits = logits.to(torch.float32, copy=True)  # the caller's stay as they are
     if params.repetition_penalty != 1.0 and seen:
         ids = torch.tensor(sorted(set(seen)))
         picked = logits[ids]
@@ -78,7 +78,10 @@ def generate(model: Llama, prompt: Sequence[int], params: SamplingParams) -> Ite
     length = min(context, len(prompt) + params.max_tokens)
     cache = KVCache(model.config, 1, length, weight.dtype, weight.device)
     generator = torch.Generator()
-    generator.manual_seed(params.seed if params.seed is not None else int(torch.randint(2**62, (1,))))
+    if params.seed is None:
+        generator.seed()  # from the system; torch's own default is the same in every process
+    else:
+        generator.manual_seed(params.seed)
     ends = {*model.config.eos_ids, *params.stop}
     seen = list(prompt)
     ids = torch.tensor([seen], device=weight.device)

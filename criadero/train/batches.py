@@ -211,7 +211,7 @@ class TokenBatches:
 
 
 def held_out_batches(
-    file: TokenFile, *, length: int, rows: int, dtype: torch.dtype, max_tokens: int
+    file: TokenFile, *, length: int, rows: int, dtype: torch.dtype, max_tokens: int, device: str = "cpu"
 ) -> dict[str, list[Batch]]:
     """Held-out text by ``source language`` group, in file order, every document cut into rows; at most ``max_tokens`` a group."""
     groups: dict[str, list[list[Example]]] = {}
@@ -228,7 +228,7 @@ def held_out_batches(
     for name, singles in groups.items():
         packed = pack_examples([len(row[0].ids) for row in singles], length)
         merged = [[singles[i][0] for i in row] for row in packed]
-        out[name] = [rows_to_batch(merged[i : i + rows], length, 0, dtype) for i in range(0, len(merged), rows)]
+        out[name] = [rows_to_batch(merged[i : i + rows], length, 0, dtype, device) for i in range(0, len(merged), rows)]
     return out
 
 

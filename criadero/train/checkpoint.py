@@ -24,17 +24,22 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], about: dict[str, A
     partial = folder / f"step-{step:08d}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file({name: t.contiguous() for name, t in tensors.items()}, partial / "state.safetensors")
-    with open(partial / "state.safetensors", "rb") as file:
-        os.fsync(file.fileno())
-    size = (partial / "state.safetensors").stat().st_size
-    with open(partial / "state.json", "w", encoding="utf-8") as file:
-        json.dump({"step": step, "size": size, **about}, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, partial / "state.safetensors")
+        with open(partial / "state.safetensors", "rb") as file:
+            os.fsync(file.fileno())
+        size = (partial / "state.safetensors").stat().st_size
+        with open(partial / "state.json", "w", encoding="utf-8") as file:
+            json.dump({"step": step, "size": size, **about}, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:  # a full disk: what was written of it only takes more of the room
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
-    for old in sorted(folder.glob("step-*"))[:-keep]:
+    whole = sorted(folder.glob("step-????????"))
+    for old in [*whole[:-keep], *folder.glob("step-????????.partial")]:  # partial: left by a kill while saving
         shutil.rmtree(old, ignore_errors=True)
     return target
 
@@ -49,6 +54,15 @@ def latest(folder: Path) -> tuple[dict[str, Any], Path] | None:
         except (OSError, ValueError, KeyError):
             continue
     return None
+
+
+def resumed_dtype(folder: Path, wanted: str) -> str:
+    """``wanted``, but for ``auto`` the dtype of the run that ``folder`` (a ``resume/``) would go on with: two measurements
+    on a busy machine may differ, and a run goes on as it began."""
+    found = latest(folder)
+    if wanted != "auto" or found is None:
+        return wanted
+    return str((found[0].get("about") or {}).get("dtype", "torch.auto")).removeprefix("torch.")
 
 
 def load(path: Path) -> dict[str, torch.Tensor]:

@@ -101,7 +101,7 @@ def train(
             log.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in last.items()}) + "\n")
             progress.step(last)
             due = plan.save_minutes > 0 and time.monotonic() - saved > plan.save_minutes * 60
-            if step + 1 < plan.steps and (due or stopping()):
+            if stopping() or (due and step + 1 < plan.steps):
                 log.flush()
                 state = {"about": about, "tokens": tokens, "seconds": seconds, "optimizer_steps": optimizer.steps}
                 checkpoint.save(resume, step + 1, optimizer.state(), state)
@@ -138,7 +138,9 @@ def _restore(optimizer: Optimizer, resume: Path, about: dict[str, Any], metrics:
     if metrics.exists():
         with open(metrics, encoding="utf-8") as file:
             kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
-        metrics.write_text("".join(kept), encoding="utf-8")
+        whole = metrics.with_name(metrics.name + ".tmp")
+        whole.write_text("".join(kept), encoding="utf-8")
+        whole.replace(metrics)  # at once: a kill here must not lose the lines
     return state["step"], state["tokens"], state["seconds"]
 
 

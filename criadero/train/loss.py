@@ -60,6 +60,8 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor
     keep = (targets != IGNORE).nonzero()[:, 0]
     if len(keep) < len(targets):
         hidden, targets = hidden[keep], targets[keep]
+    if not torch.is_grad_enabled():  # a Function cannot tell, and would form gradients that nobody asked for
+        hidden, weight = hidden.detach(), weight.detach()
     return _ChunkedCrossEntropy.apply(hidden, weight, targets)
 
 

@@ -19,7 +19,6 @@ from criadero.errors import UserError
 from criadero.model import Llama
 from criadero.tokenizer import Tokenizer
 from criadero.train.batches import Batch
-from criadero.train.pretrain import check_memory
 
 
 @dataclass
@@ -41,6 +40,7 @@ class Report:
     too_long: int = 0
     longest: int = 0
     truncated_tokens: int = 0
+    unsupervised: int = 0
     dropped: int = 0
     refused_for_length: bool = False
 
@@ -52,10 +52,10 @@ class Report:
         self.held_out_supervised = sum(sum(e.loss_mask[1:]) for e in held_out)
         self.longest = max([self.longest, *(len(e.ids) for e in train)])
 
-    def table(self, data: Path, recipe: Any) -> dict[str, Any]:
+    def table(self, data: Path, licence: str) -> dict[str, Any]:
         """The passport's ``data`` table."""
         counts = {k: v for k, v in vars(self).items() if isinstance(v, int) and not isinstance(v, bool)}
-        row = {"name": data.name, "licence": "unknown", "documents": self.chats, "tokens": self.tokens}
+        row = {"name": data.name, "licence": licence, "documents": self.chats, "tokens": self.tokens}
         return {
             "documents": self.chats,
             "tokens": self.tokens,
@@ -72,12 +72,21 @@ def check(report: Report) -> None:
             f"{report.data}: {report.too_long} chats are longer than {report.context} tokens (the longest has "
             f"{report.longest}); choose --too_long drop or --too_long truncate, or a base with a longer context"
         )
-    if report.chats == 0:
-        raise UserError(f"{report.data}: no chat is left to learn from ({report.dropped} dropped as too long)")
-    if report.supervised == 0:
+    if report.chats == 0 and report.unsupervised:
+        cut = f" after cutting them to {report.context} tokens" if report.truncated_tokens else ""
         raise UserError(
-            f"{report.data}: none of the {report.tokens} tokens is an assistant's, so nothing would be learned; "
-            "check the roles and --too_long"
+            f"{report.data}: no chat has an assistant's token to learn{cut} ({report.unsupervised} of "
+            f"{report.unsupervised + report.dropped} chats), so nothing would be learned; check the roles, the template and max_length"
+        )
+    if report.chats == 0 and report.dropped:
+        raise UserError(
+            f"{report.data}: no chat is left to learn from: all {report.dropped} are longer than {report.context} tokens "
+            "and were dropped; raise max_length, or choose --too_long truncate"
+        )
+    if report.chats == 0:
+        raise UserError(
+            f"{report.data}: all {report.held_out} chats were kept apart to measure on, none is left to learn from; give more "
+            "chats, or held_out_share 0"
         )
 
 
@@ -116,7 +125,7 @@ def show(
     report: Report, tokenizer: Tokenizer, example: Example, *, base: str, method: str, trained: int, total: int, steps: int,
     tokens: int, memory: int, speed: float, why: str, lr: float,
 ) -> None:  # fmt: skip
-    """Print the pre-flight to standard error, and refuse what does not fit the memory."""
+    """Print the pre-flight to standard error."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def line(name: str, value: str) -> None:
@@ -131,6 +140,8 @@ def show(
         "tokens",
         f"{report.tokens:,} a pass, {report.supervised:,} supervised ({share:.0%}); longest chat {report.longest} of {report.context}",
     )
+    if report.unsupervised:
+        line("left out", f"{report.unsupervised} chats in which no assistant's token is left to learn")
     if report.too_long:
         line("too long", f"{report.too_long} chats: {report.dropped} dropped, {report.truncated_tokens:,} tokens cut")
     if report.duplicates or report.contaminated:
@@ -146,4 +157,3 @@ def show(
     line("computing", f"{why}; {torch.get_num_threads()} threads; about {memory / 2**30:.1f} GiB of memory")
     line("time", f"about {tokens / speed:,.0f} s at {speed:,.0f} tokens/s")
     sys.stderr.flush()
-    check_memory(memory)

@@ -15,7 +15,9 @@ import torch
 from criadero.artifact import Artifact, create, open_artifact, resolve
 from criadero.errors import UserError
 from criadero.model import Llama, ModelConfig
+from criadero.tokenizer import Tokenizer, load_tokenizer
 from criadero.train.batches import IGNORE, Batch, TokenBatches, TokenFile, held_out_batches
+from criadero.train.checkpoint import resumed_dtype
 from criadero.train.hardware import available_memory_bytes, choose_dtype, keep_memory, peak_memory_bytes
 from criadero.train.loop import Plan, train
 from criadero.train.loss import next_token_loss
@@ -72,7 +74,6 @@ def pretrain(recipe: PretrainRecipe, out: Path, *, overwrite: bool = False, resu
     Killed at any moment, the same call goes on from the last resume point.
     """
     from criadero.checkpoints import load_model, save_hf
-    from criadero.tokenizer import load_tokenizer
 
     keep_memory()
     tokens_folder = resolve(recipe.data)
@@ -93,8 +94,8 @@ def pretrain(recipe: PretrainRecipe, out: Path, *, overwrite: bool = False, resu
         )  # fmt: skip
         model = Llama(config)
         model.initialise(recipe.seed)
-    if len(train_file.ids) and config.vocab_size < tokenizer.vocab_size:
-        raise UserError(f"{recipe.base}: {config.vocab_size} embeddings, but the tokens use {tokenizer.vocab_size} ids")
+    if recipe.base:
+        _check_base(recipe, config, tokenizer)
 
     rows = max(1, recipe.micro_tokens // recipe.context)
     micro_batches = max(1, round(recipe.batch_tokens / (rows * recipe.context)))
@@ -107,16 +108,16 @@ def pretrain(recipe: PretrainRecipe, out: Path, *, overwrite: bool = False, resu
         draft.add_input("trained_on", tokens_folder)
         if recipe.base:
             draft.add_input("finetune_of", recipe.base)
-        dtype, why = choose_dtype(recipe.dtype, config, device)
+        dtype, why = choose_dtype(resumed_dtype(draft.path / "resume", recipe.dtype), config, device)
         model = model.to(device=device, dtype=dtype)
         model.train()
         stable = _batches(recipe, train_file, rows, dtype, device, annealing=False)
         falling = _batches(recipe, train_file, rows, dtype, device, annealing=True)
         change = steps - round(recipe.decay * steps) if recipe.schedule == "wsd" else steps
         evaluation = held_out_batches(
-            held_out, length=recipe.context, rows=rows, dtype=dtype, max_tokens=recipe.eval_tokens
+            held_out, length=recipe.context, rows=rows, dtype=dtype, max_tokens=recipe.eval_tokens, device=device
         )
-        sizes = torch.tensor([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
+        sizes = text_bytes(tokenizer)
 
         def batch_at(n: int) -> Batch:
             return (stable if n < change * micro_batches else falling)(n)
@@ -170,12 +171,57 @@ def _check(recipe: PretrainRecipe, file: TokenFile) -> None:
             raise UserError(f"{name} must be positive, not {getattr(recipe, name)}")
     if not 0 < recipe.lr < 1:
         raise UserError(f"lr must lie between 0 and 1, not {recipe.lr:g}: nothing would be learned, or all be lost")
+    for name, low, high in (("warmup", 0, 1), ("decay", 0, 1), ("weight_decay", 0, 10), ("clip", 0, math.inf),
+                            ("eval_every", 0, math.inf), ("eval_tokens", 0, math.inf), ("save_minutes", 0, math.inf)):  # fmt: skip
+        if not low <= getattr(recipe, name) <= high:
+            bounds = f"between {low} and {high}" if high < math.inf else "0 or more"
+            raise UserError(f"{name} must be {bounds}, not {getattr(recipe, name):g}")
+    if recipe.warmup + (recipe.decay if recipe.schedule == "wsd" else 0) > 1:
+        raise UserError(
+            f"warmup {recipe.warmup:g} and decay {recipe.decay:g} are fractions of one run: together at most 1"
+        )
     names = {source["name"] for source in file.sources}
     for mix in recipe.mix:
         if mix.source not in names:
             raise UserError(f"mix names a source {mix.source!r} that the data lacks; it has {', '.join(sorted(names))}")
         if mix.times < 0 or (mix.anneal or 0) < 0:
             raise UserError(f"mix: times and anneal of {mix.source} must not be negative")
+
+
+def _check_base(recipe: PretrainRecipe, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Going on from a model needs its context and, id for id, its vocabulary."""
+    from criadero.checkpoints import tokenizer_of
+
+    if recipe.context > config.max_position_embeddings:
+        raise UserError(
+            f"context is {recipe.context}, but {recipe.base} was made for {config.max_position_embeddings}; lower context"
+        )
+    assert recipe.base
+    own = tokenizer_of(recipe.base)
+    both = min(own.vocab_size, tokenizer.vocab_size)
+    odd = next((i for i in range(both) if _bytes(own, i) != _bytes(tokenizer, i)), None)
+    if odd is not None or tokenizer.vocab_size > config.vocab_size:
+        what = (
+            f"token {odd} differs"
+            if odd is not None
+            else f"{tokenizer.vocab_size} ids for {config.vocab_size} embeddings"
+        )
+        raise UserError(
+            f"{recipe.data}: its tokens are not of the vocabulary of {recipe.base} ({what}); pack the data again with that tokenizer"
+        )
+
+
+def text_bytes(tokenizer: Tokenizer) -> torch.Tensor:
+    """Bytes of text that each token stands for, ``[V]``; a special token's name is no text, so it stands for none."""
+    special = set(tokenizer.special.values())
+    return torch.tensor([0 if i in special else len(_bytes(tokenizer, i)) for i in range(tokenizer.vocab_size)])
+
+
+def _bytes(tokenizer: Tokenizer, id: int) -> bytes:
+    try:
+        return tokenizer.token_bytes(id)
+    except UserError:  # a number that the vocabulary leaves out
+        return b""
 
 
 def _batches(
@@ -191,7 +237,10 @@ def _batches(
 
 @torch.no_grad()
 def evaluate(model: Llama, groups: Mapping[str, Sequence[Batch]], sizes: torch.Tensor) -> dict[str, dict[str, float]]:
-    """Held-out loss (nats a token) and bits per byte by group; ``sizes`` ``[V]``: bytes of each token."""
+    """Held-out loss (nats a token) and bits per byte by group; ``sizes`` ``[V]``: bytes of text of each token.
+
+    Bits per byte is what all predicted tokens cost, special ones too, over the bytes of text among them.
+    """
     model.eval()
     out: dict[str, dict[str, float]] = {}
     for name, batches in groups.items():

@@ -7,29 +7,34 @@ token. With ``lora`` the result is an ``adapter`` artifact in PEFT's format, unl
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from criadero import lora
-from criadero.artifact import Artifact, create, open_artifact, resolve
-from criadero.chat import Example, Message, Template, builtin_template, load_template, render
+from criadero.artifact import BUNDLED, Artifact, create, open_artifact, resolve
+from criadero.chat import Example, Message, Template, builtin_template, render
 from criadero.data.chats import ChatFile, read_chats
 from criadero.errors import UserError
-from criadero.model import Llama
-from criadero.tokenizer import Tokenizer, load_tokenizer
+from criadero.model import Llama, ModelConfig
+from criadero.tokenizer import Tokenizer
 from criadero.train.batches import Batch, ExampleBatches, pack_examples, rows_to_batch
+from criadero.train.checkpoint import resumed_dtype
 from criadero.train.hardware import choose_dtype, keep_memory, peak_memory_bytes
 from criadero.train.loop import Plan, train
 from criadero.train.loss import next_token_loss
 from criadero.train.optim import Optimizer
 from criadero.train.preflight import Report, check, measure_speed, show
-from criadero.train.pretrain import describe, estimate_bytes
+from criadero.train.pretrain import check_memory, describe, estimate_bytes
 from criadero.train.progress import say
+
+ROW = 1024  # tokens; the block attention of criadero.train.loss is the fastest up to here
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,11 @@ class SftRecipe:
     data: str = field(
         metadata={"help": "chats: .jsonl .json .parquet .csv, in any of four shapes; or a dataset artifact"}
     )
-    held_out: str | None = field(default=None, metadata={"help": "chats to measure on; default: a part of the data"})
+    licence: str = field(default="unknown", metadata={"help": "licence of your data, recorded in the passport"})
+    held_out: str | None = field(
+        default=None,
+        metadata={"help": "chats to measure on; default: the dataset's held-out split, or a part of the data"},
+    )
     held_out_share: float = field(default=0.1, metadata={"help": "part kept apart when held_out is not given"})
     method: Literal["lora", "full"] = field(default="lora", metadata={"help": "low-rank adapters, or every weight"})
     lora_rank: int = field(default=16, metadata={"help": "rank of the adapters"})
@@ -88,29 +97,30 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
     Everything that can be wrong with the input is found before training starts. Killed at any moment, the same call goes on
     from the last resume point.
     """
-    from criadero.checkpoints import load_model, save_hf
+    from criadero.checkpoints import load_config, load_model, tokenizer_of
 
     keep_memory()
     base_path, data_path = resolve(recipe.base), _data_path(recipe.data)
     _check_recipe(recipe)
-    tokenizer = load_tokenizer(base_path)
-    template = _template(recipe, base_path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(recipe.base)
-    context = min(recipe.max_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
-    prepared = prepare(recipe, data_path, tokenizer, template, context)
-    check(prepared.report)
     lr = recipe.lr or (1e-3 if recipe.method == "lora" else 2e-4)
     kind = "adapter" if recipe.method == "lora" and not recipe.merged else "chat"
+    _check_base(base_path, kind)
     with create(
         out, kind=kind, config={"stage": "sft", **dataclasses.asdict(recipe)}, seeds={"seed": recipe.seed},
         overwrite=overwrite, resume=resume,
     ) as draft:  # fmt: skip
-        base_input = draft.add_input("finetune_of", base_path)
-        draft.add_input("trained_on", data_path)
+        tokenizer, template, config = tokenizer_of(base_path), _template(recipe, base_path), load_config(base_path)
+        context = _context(recipe, config)
+        prepared = prepare(recipe, data_path, tokenizer, template, context)
+        check(prepared.report)
+        _check_ids(prepared, config, recipe.base)
+        draft.add_input("finetune_of", recipe.base)
+        draft.add_input("trained_on", recipe.data, licence=recipe.licence)
         if recipe.held_out:
-            draft.add_input("evaluated_on", _data_path(recipe.held_out))
-        dtype, why = choose_dtype(recipe.dtype, model.config, device)
+            draft.add_input("evaluated_on", recipe.held_out)
+        model = load_model(base_path)
+        dtype, why = choose_dtype(resumed_dtype(draft.path / "resume", recipe.dtype), config, device)
         model = model.to(device=device, dtype=dtype)
         if recipe.method == "lora":
             parameters = lora.attach(
@@ -120,25 +130,28 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
         else:
             parameters = list(model.named_parameters())
         pad = tokenizer.pad_id if tokenizer.pad_id is not None else 0
-        rows = max(1, recipe.micro_tokens // context)
+        length = row_length(prepared, context)
+        rows = max(1, recipe.micro_tokens // length)
         batches = ExampleBatches(
-            prepared.train, row_length=context, rows=rows, pad=pad, seed=recipe.seed, dtype=dtype, device=device
+            prepared.train, row_length=length, rows=rows, pad=pad, seed=recipe.seed, dtype=dtype, device=device
         )
-        micro = max(1, min(round(recipe.batch_tokens / (rows * context)), batches.steps_per_epoch))
+        micro = max(1, min(round(recipe.batch_tokens / (rows * length)), batches.steps_per_epoch))
         steps = max(1, math.ceil(recipe.epochs * batches.steps_per_epoch / micro))
-        evaluation = example_batches(prepared.held_out, context, rows, pad, dtype, device)
+        evaluation = example_batches(prepared.held_out, length, rows, pad, dtype, device)
         trained = sum(p.numel() for _, p in parameters)
-        memory = estimate_bytes(model.config, rows * context, dtype)
+        memory = estimate_bytes(config, rows * length, dtype)
         if recipe.method == "lora":  # no gradients, masters or moments for the frozen weights
-            memory -= (model.config.parameters() - trained) * (18 if dtype == torch.bfloat16 else 20)
+            memory -= (config.parameters() - trained) * (18 if dtype == torch.bfloat16 else 20)
+        check_memory(memory)
         speed = measure_speed(model, batches(0), next_token_loss)
         show(
             prepared.report, tokenizer, prepared.train[0], base=recipe.base, method=recipe.method, trained=trained,
-            total=model.config.parameters(), steps=steps, tokens=int(recipe.epochs * prepared.report.tokens),
+            total=config.parameters(), steps=steps, tokens=int(recipe.epochs * prepared.report.tokens),
             memory=memory, speed=speed, why=why, lr=lr,
         )  # fmt: skip
         before = held_out_loss(model, evaluation)
-        say(f"held-out loss before: {before['loss']:.4f} on {before['supervised']:,} supervised tokens")
+        if evaluation:
+            say(f"held-out loss before: {before['loss']:.4f} on {before['supervised']:,} supervised tokens")
         optimizer = Optimizer(parameters, method=recipe.optimizer, weight_decay=recipe.weight_decay, betas=(0.9, 0.999))
         plan = Plan(
             steps=steps, micro_batches=micro, lr=lr, schedule=recipe.schedule, warmup=recipe.warmup, clip=recipe.clip,
@@ -149,25 +162,22 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
             model, optimizer, batches, next_token_loss, plan, draft.path, about={"dtype": str(dtype)}, label="tuning"
         )
         after = held_out_loss(model, evaluation)
-        say(f"held-out loss after:  {after['loss']:.4f} ({after['loss'] - before['loss']:+.4f})")
-        n = int(after["supervised"])
-        draft.metrics += [
-            {"suite": "held_out", "metric": "loss", "slice": name, "value": scores["loss"], "n": n}
-            for name, scores in (("before", before), ("after", after))
-        ]
-        _write(
-            recipe,
-            model,
-            tokenizer,
-            template,
-            base_path,
-            draft.path,
-            kind,
-            str(base_input.locator or base_path),
-            save_hf,
-        )
-        draft.data.update(prepared.report.table(data_path, recipe))
-        draft.model.update(describe(model.config) | {"trained_params": trained, "method": recipe.method})
+        if evaluation:
+            say(f"held-out loss after:  {after['loss']:.4f} ({after['loss'] - before['loss']:+.4f})")
+            draft.metrics += [
+                {
+                    "suite": "held_out",
+                    "metric": "loss",
+                    "slice": name,
+                    "value": scores["loss"],
+                    "n": scores["supervised"],
+                }
+                for name, scores in (("before", before), ("after", after))
+            ]
+        config = dataclasses.replace(config, eos_token_id=_ends(config, prepared.train, tokenizer))
+        _write(recipe, model, config, tokenizer, template, draft.path, _base_name(recipe.base, out))
+        draft.data.update(prepared.report.table(data_path, recipe.licence))
+        draft.model.update(describe(config) | {"trained_params": trained, "method": recipe.method})
         draft.step.update(
             {
                 "tokens": done["tokens"],
@@ -181,33 +191,101 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
 
 
 def _write(
-    recipe: SftRecipe, model: Llama, tokenizer: Tokenizer, template: Template, base_path: Path, folder: Path, kind: str,
-    base: str, save_hf: Any,
-) -> None:  # fmt: skip
-    """The weights (or the adapter), the tokenizer and the template, and the curves."""
+    recipe: SftRecipe,
+    model: Llama,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    template: Template,
+    folder: Path,
+    base: str,
+) -> None:
+    """The weights (or the adapter, whose file names ``base``), the tokenizer and the template, and the curves."""
+    from criadero.checkpoints import save_hf
     from criadero.train.curves import write_curves
 
     write_curves(folder, title=f"tuning {recipe.base}")
     tokenizer.save(folder, chat_template=template.source)
-    if kind == "adapter":
+    if recipe.method == "lora" and not recipe.merged:
+        ends = list(config.eos_ids)
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}) + "\n", encoding="utf-8")
         lora.save_adapter(
             model, folder, base=base, alpha=recipe.lora_alpha, rslora=recipe.rslora, dropout=recipe.lora_dropout
         )
         return
     if recipe.method == "lora":
         lora.merge(model)
-    save_hf(model, model.config, folder)
+    save_hf(model, config, folder)
 
 
 def _check_recipe(recipe: SftRecipe) -> None:
     if recipe.epochs <= 0:
         raise UserError(f"epochs must be positive, not {recipe.epochs:g}")
-    if not 0 <= recipe.lr < 1:
-        raise UserError(f"lr must lie between 0 and 1, not {recipe.lr:g}")
-    if not 0 <= recipe.held_out_share < 1:
-        raise UserError(f"held_out_share must lie between 0 and 1, not {recipe.held_out_share:g}")
-    if recipe.max_length < 0 or recipe.micro_tokens < 1 or recipe.batch_tokens < 1:
-        raise UserError("max_length, micro_tokens and batch_tokens must not be negative")
+    for name in ("lr", "held_out_share", "lora_dropout"):
+        if not 0 <= getattr(recipe, name) < 1:
+            raise UserError(f"{name} must be at least 0 and below 1, not {getattr(recipe, name):g}")
+    for name in ("max_length", "weight_decay", "clip", "save_minutes"):
+        if getattr(recipe, name) < 0:
+            raise UserError(f"{name} must not be negative, but it is {getattr(recipe, name):g}")
+    for name in ("micro_tokens", "batch_tokens", "lora_rank"):
+        if getattr(recipe, name) < 1:
+            raise UserError(f"{name} must be at least 1, not {getattr(recipe, name)}")
+    if not 0 <= recipe.warmup <= 1:
+        raise UserError(f"warmup is a fraction of the steps, from 0 to 1, not {recipe.warmup:g}")
+    if recipe.lora_alpha <= 0:
+        raise UserError(f"lora_alpha must be positive, not {recipe.lora_alpha:g}: the adapter would do nothing")
+    lora.check_targets(recipe.lora_targets)
+    if recipe.template:
+        builtin_template(recipe.template)
+
+
+def _check_base(base: Path, kind: str) -> None:
+    """An adapter on an adapter could not be opened: say so before the training."""
+    if kind == "adapter" and (base / "adapter_config.json").is_file():
+        raise UserError(
+            f"{base} is an adapter, and an adapter cannot stand on another; add merged = true for whole weights"
+        )
+
+
+def _context(recipe: SftRecipe, config: ModelConfig) -> int:
+    """The longest example, in tokens."""
+    context = config.max_position_embeddings
+    if recipe.max_length > context:
+        raise UserError(
+            f"max_length is {recipe.max_length}, but the context of {recipe.base} is {context}; lower it, or leave it out"
+        )
+    return recipe.max_length or context
+
+
+def _check_ids(prepared: Prepared, config: ModelConfig, base: str) -> None:
+    highest = max(max(example.ids) for example in [*prepared.train, *prepared.held_out])
+    if highest >= config.vocab_size:
+        raise UserError(
+            f"{base}: its tokenizer gives token {highest}, but the model has {config.vocab_size} embeddings: the two do not belong together"
+        )
+
+
+def _base_name(base: str, out: Path) -> str:
+    """What ``adapter_config.json`` calls the base: a bundled model's name; else its path, a relative one from ``out`` on, so
+    that the two folders may be moved together."""
+    path = resolve(base)
+    if path.parent == BUNDLED:
+        return path.name
+    return base if Path(base).is_absolute() else os.path.relpath(path, out)
+
+
+def _ends(config: ModelConfig, examples: Sequence[Example], tokenizer: Tokenizer) -> int | tuple[int, ...] | None:
+    """The ids that end an answer: the base's, and the special tokens that the chats' last learned tokens are."""
+    special = set(tokenizer.special.values())
+    last = {next(i for i, learned in zip(e.ids[::-1], e.loss_mask[::-1], strict=True) if learned) for e in examples}
+    ends = (*config.eos_ids, *sorted((last & special) - set(config.eos_ids)))
+    return ends if len(ends) > 1 else ends[0] if ends else None
+
+
+def row_length(prepared: Prepared, context: int) -> int:
+    """Tokens in a packed row: as many as the longest chat, at least `ROW`, at most the context. Longer rows would only cost:
+    attention is quadratic, and chats in one row do not see each other."""
+    longest = max(len(example.ids) for example in [*prepared.train, *prepared.held_out])
+    return min(context, max(longest, ROW))
 
 
 def _data_path(ref: str) -> Path:
@@ -218,45 +296,60 @@ def _data_path(ref: str) -> Path:
 
 
 def _template(recipe: SftRecipe, base: Path) -> Template:
-    return builtin_template(recipe.template) if recipe.template else load_template(base)
+    from criadero.checkpoints import template_of
+
+    return builtin_template(recipe.template) if recipe.template else template_of(base)
 
 
 def prepare(recipe: SftRecipe, data: Path, tokenizer: Tokenizer, template: Template, context: int) -> Prepared:
     """Read, split and render the chats; counts of everything that happened to them stand in the report."""
     chat_file = read_dataset_chats(data, "train", skip_bad=recipe.skip_bad)
-    if not chat_file.chats:
-        raise UserError(f"{data}: no chats in it; give at least one with a user and an assistant turn")
-    chats, kept_apart = chat_file.chats, []
-    if recipe.held_out:
-        kept_apart = read_dataset_chats(_data_path(recipe.held_out), "held_out", skip_bad=recipe.skip_bad).chats
-        how = f"{recipe.held_out}"
+    places = dict(zip(map(id, chat_file.chats), chat_file.places, strict=True))
+    chats: Sequence[list[Message]] = chat_file.chats
+    kept_apart: Sequence[list[Message]]
+    if recipe.held_out or _split_files(data, "held_out"):
+        other_file = read_dataset_chats(_data_path(recipe.held_out or str(data)), "held_out", skip_bad=recipe.skip_bad)
+        kept_apart = other_file.chats
+        places |= zip(map(id, kept_apart), other_file.places, strict=True)
+        how = recipe.held_out or "the dataset's held-out split"
     else:
         chats, kept_apart = split(chats, recipe.held_out_share, recipe.seed)
-        how = f"{len(kept_apart)} of {len(chat_file.chats)} chats kept apart by a hash of their text"
+        how = f"{len(kept_apart)} of {len(chat_file.chats)} chats kept apart by a hash of their first question"
     report = Report(
         data=str(data), shape=chat_file.shape.sentence, bad=len(chat_file.bad), held_out_from=how, context=context
     )
     seen = {repr(chat) for chat in chats}
     report.contaminated = sum(repr(chat) in seen for chat in kept_apart)
     report.duplicates = len(chats) - len(seen)
-    rendered = (render(chat, tokenizer, template, train_on=recipe.train_on) for chat in chats)
-    train_examples = [e for r in rendered if (e := _fit(r, context, recipe.too_long, report))]
-    other = Report(data="", shape="", bad=0, held_out_from="", context=context)
-    rendered = (render(chat, tokenizer, template) for chat in kept_apart)
-    held_out = [e for r in rendered if (e := _fit(r, context, "truncate", other))]
+
+    def examples(these: Sequence[list[Message]], policy: str, counts: Report) -> list[Example]:
+        found = []
+        for chat in these:
+            try:
+                example = render(chat, tokenizer, template, train_on=recipe.train_on)
+            except UserError as error:
+                raise UserError(f"{places[id(chat)]}: {error}") from None
+            if fitting := _fit(example, context, policy, counts):
+                found.append(fitting)
+        return found
+
+    train_examples = examples(chats, recipe.too_long, report)
+    # what it is measured on is cut, never refused: no weights depend on it
+    held_out = examples(kept_apart, "truncate", Report("", "", 0, "", context))
     report.count(train_examples, held_out)
     return Prepared(train_examples, held_out, report, chat_file)
 
 
 def _fit(example: Example, context: int, policy: str, report: Report) -> Example | None:
-    """Apply the policy for examples longer than the context, and count."""
+    """Apply the policy for examples longer than the context, and count; an example with nothing to learn is left out."""
     if len(example.ids) <= context:
-        return example
+        return _supervised(example, report)
     report.too_long += 1
     report.longest = max(report.longest, len(example.ids))
     if policy == "truncate":
         report.truncated_tokens += len(example.ids) - context
-        return dataclasses.replace(example, ids=example.ids[:context], loss_mask=example.loss_mask[:context])
+        cut = dataclasses.replace(example, ids=example.ids[:context], loss_mask=example.loss_mask[:context])
+        return _supervised(cut, report)
     if policy == "drop":
         report.dropped += 1
         return None
@@ -264,25 +357,41 @@ def _fit(example: Example, context: int, policy: str, report: Report) -> Example
     return example
 
 
+def _supervised(example: Example, report: Report) -> Example | None:
+    if any(example.loss_mask[1:]):  # nothing predicts the first token
+        return example
+    report.unsupervised += 1
+    return None
+
+
 def read_dataset_chats(path: Path, split_name: str, *, skip_bad: bool) -> ChatFile:
     """Chats of a file, or of a ``dataset`` artifact's split."""
     if path.is_dir() and (path / "passport.json").is_file():
-        files = sorted(path.glob(f"{split_name}-*.jsonl.zst"))
+        files = _split_files(path, split_name)
         if not files:
             raise UserError(f"{path}: this artifact holds no {split_name} chats")
         parts = [read_chats(file, skip_bad=skip_bad) for file in files]
         first = parts[0]
         return ChatFile(
-            [c for p in parts for c in p.chats], first.shape, first.counts, [b for p in parts for b in p.bad]
-        )
+            [c for p in parts for c in p.chats], first.shape, first.counts, [b for p in parts for b in p.bad],
+            [place for p in parts for place in p.places],
+        )  # fmt: skip
     return read_chats(path, skip_bad=skip_bad)
 
 
-def split(chats: list[list[Message]], share: float, seed: int) -> tuple[list[list[Message]], list[list[Message]]]:
+def _split_files(path: Path, split_name: str) -> list[Path]:
+    """The files of one split of a ``dataset`` artifact; none where ``path`` is something else."""
+    if not (path / "passport.json").is_file():
+        return []
+    return sorted(path.glob(f"{split_name}-*.jsonl.zst"))
+
+
+def split(chats: Sequence[list[Message]], share: float, seed: int) -> tuple[list[list[Message]], list[list[Message]]]:
     """Keep a share apart by a hash of each chat's first turn, so equal questions fall on the same side."""
     import hashlib
 
-    kept, apart = [], []
+    kept: list[list[Message]] = []
+    apart: list[list[Message]] = []
     for chat in chats:
         first = next((m["content"] for m in chat if m["role"] == "user"), "")
         number = int.from_bytes(hashlib.sha256(f"{seed}\n{first.strip().casefold()}".encode()).digest()[:8], "big")
