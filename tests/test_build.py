@@ -38,8 +38,9 @@ def root(tmp_path: Path) -> Path:
     root = tmp_path / "data"
     root.mkdir()
     en = [{"id": f"en{n}", "text": story(n, SENTENCES), "rights": "pd" if n % 10 else "no"} for n in range(200)]
+    en[1]["author"], en[2]["author"] = "Ana Ruiz", "Tom Hall"
     en += [
-        dict(en[1], id="copy"),
+        dict(en[1], id="copy", author="Nobody"),
         {"id": "short", "text": "Too short."},
         {
             "id": "fr",
@@ -98,6 +99,7 @@ def test_counts_add_up_and_everything_is_accounted_for(root: Path, tmp_path: Pat
     assert rows["english"]["removed"]["not_chosen"] == 20
     removed = [json.loads(line)["reason"] for line in _unpacked(artifact.path / "removed.jsonl.zst")]
     assert sorted(set(removed)) == ["duplicate", "language", "short"]
+    assert rows["english"]["authors"] == ["Ana Ruiz", "Tom Hall"]  # credited; the copy that was removed is not
     assert rows["spanish"]["removed"] == {"over_max_documents": 20}
     assert rows["chats"]["documents_out"] == 60
     assert rows["chats"]["licence"] == "Apache-2.0"
@@ -182,6 +184,22 @@ def test_bad_recipes_are_refused_before_work(root: Path, tmp_path: Path) -> None
 def test_environment_moves_the_root(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CRIADERO_DATA", str(root))
     assert find_sources(recipe(Path("elsewhere")))["english"] == [root / "en.jsonl"]
+
+
+def test_a_spoilt_dataset_is_named(tmp_path: Path) -> None:
+    import gzip
+
+    import zstandard
+
+    with pytest.raises(UserError, match="not a dataset"):
+        list(read_dataset(tmp_path, "train"))
+    path = tmp_path / "train-00000.jsonl.zst"
+    path.write_bytes(zstandard.ZstdCompressor().compress(b'{"text": "a"}\n'))
+    with pytest.raises(UserError, match=r"train-00000\.jsonl\.zst:1: not a row of a dataset"):
+        list(read_dataset(tmp_path, "train"))
+    path.write_bytes(gzip.compress(b"{}"))
+    with pytest.raises(UserError, match=r"damaged \.zst"):
+        list(read_dataset(tmp_path, "train"))
 
 
 def test_conditions() -> None:

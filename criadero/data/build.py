@@ -351,6 +351,7 @@ class Table:
         self.out: Counter[tuple[str, str, str]] = Counter()  # source, split, documents | bytes
         self.languages: Counter[tuple[str, str, str]] = Counter()  # source, lang, documents | bytes
         self.licences: dict[str, Counter[str]] = defaultdict(Counter)
+        self.authors: dict[str, set[str]] = defaultdict(set)  # of rows that name theirs: CC BY asks to pass it on
 
     def seen(self, source: Source, documents: Iterable[Document]) -> Iterator[Document]:
         print(f"data: reading {source.name}", file=sys.stderr, flush=True)
@@ -365,6 +366,8 @@ class Table:
             self.out[document.source, split, what] += n
             self.languages[document.source, document.lang, what] += n
         self.licences[document.source][document.licence] += 1
+        if author := document.meta.get("row", {}).get("author"):
+            self.authors[document.source].add(str(author))
 
     def rows(self, tally: filters.Tally) -> list[dict[str, Any]]:
         """One plain dict a source. ``documents_in`` counts every row read; ``removed`` and ``documents_out`` add up to it."""
@@ -389,6 +392,7 @@ class Table:
                     "languages": {
                         lang: {what: self.languages[s.name, lang, what] for what in ("documents", "bytes")} for lang in languages
                     },
+                    **({"authors": sorted(self.authors[s.name])} if s.name in self.authors else {}),
                     "removed": removed, "changed": tally.changes(s.name),
                 }
             )  # fmt: skip
@@ -435,7 +439,11 @@ def read_dataset(folder: str | Path, split: str) -> Iterator[Document]:
         others = sorted(p.name for p in Path(folder).glob("*"))
         raise UserError(f"{folder}: no {split}-*.jsonl.zst in it: not a dataset ({nearest(split, others, 'it holds')})")
     for file in files:
-        for _, row in read_rows(file):
-            meta: dict[str, Any] = {"messages": row["messages"]} if "messages" in row else {}
-            text = row["text"] if "text" in row else "\n".join(m["content"] for m in row["messages"])
-            yield Document(row["id"], text, row["lang"], row["source"], row["licence"], meta)
+        for where, row in read_rows(file):
+            try:
+                meta: dict[str, Any] = {"messages": row["messages"]} if "messages" in row else {}
+                text = row["text"] if "text" in row else "\n".join(m["content"] for m in row["messages"])
+                document = Document(row["id"], text, row["lang"], row["source"], row["licence"], meta)
+            except (KeyError, TypeError) as error:
+                raise UserError(f"{where}: not a row of a dataset ({error}); build it again") from error
+            yield document
