@@ -21,7 +21,7 @@ from criadero.tokenizer import load_tokenizer
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     root = tmp_path_factory.mktemp("data")
-    write(root / "en.jsonl", [{"id": f"en{n}", "text": story(n, SENTENCES)} for n in range(300)])
+    write(root / "en.jsonl", [{"id": f"en{n}", "text": story(n, SENTENCES)} for n in range(150)])
     write(root / "es.jsonl", [{"id": f"es{n}", "text": story(n, FRASES) + " ¿Sí? 😀 <|end|>"} for n in range(150)])
     turns = [
         ("user", "¿Cuánto es {0} más {0}?"),
@@ -29,7 +29,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
         ("user", "Gracias {0}"),
         ("assistant", "De nada."),
     ]
-    chats = [{"messages": [{"role": r, "content": t.format(n, 2 * n)} for r, t in turns]} for n in range(60)]
+    chats = [{"messages": [{"role": r, "content": t.format(n, 2 * n)} for r, t in turns]} for n in range(40)]
     write(root / "chats.jsonl", chats)
     recipe = DataRecipe(
         source=(
@@ -139,6 +139,7 @@ def llama3(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_a_large_vocabulary_takes_four_bytes(data: Artifact, llama3: str, tmp_path: Path) -> None:
     recipe = TokensRecipe(data=str(data.path), tokenizer=llama3, template="llama3")
     artifact = build_tokens(recipe, tmp_path / "out")
