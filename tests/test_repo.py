@@ -1,0 +1,117 @@
+"""The repository itself: what may lie in it, and what an installed package brings."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = {".py", ".md", ".toml", ".sh", ".txt", ".jinja", ".jsonl", ".json", ".yml", ".cfg", ""}
+PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz"}
+
+
+def listed() -> list[Path]:
+    """What git has, or would take: tracked files, and untracked ones that are not ignored."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def texts() -> list[tuple[Path, str]]:
+    return [(f, f.read_text(encoding="utf-8")) for f in listed() if f.suffix in TEXT and "bundled" not in f.parts]
+
+
+def test_no_code_above_800_lines() -> None:
+    code = [f for f in listed() if f.suffix in (".py", ".sh", ".cpp", ".h", ".ts", ".svelte")]
+    assert [str(f.relative_to(ROOT)) for f in code if len(f.read_text(encoding="utf-8").splitlines()) > 800] == []
+
+
+def test_no_paths_of_a_machine() -> None:
+    """Somebody's home or working folder in a file of the project is a mistake (and so is one in a passport)."""
+    wrong = re.compile(r"(?<![\w.:/])/(?:home|Users|root|work|mnt|scratch)/[A-Za-z0-9_.-]+")
+    passports = [(f, f.read_text(encoding="utf-8")) for f in listed() if f.name in ("passport.json", "lineage.jsonl")]
+    found = [
+        f"{file.relative_to(ROOT)}: {match[0]}"
+        for file, text in [*texts(), *passports]
+        if file != Path(__file__)
+        for match in wrong.finditer(text)
+    ]
+    assert found == []
+
+
+def test_no_pickles() -> None:
+    """Neither by name nor by content: a zip or a pickle's first bytes under another name."""
+    assert [f.name for f in listed() if f.suffix in PICKLES] == []
+    heads = {f: f.open("rb").read(4) for f in listed()}
+    assert [
+        f.name for f, head in heads.items() if head[:2] in (b"\x80\x02", b"\x80\x04") or head == b"PK\x03\x04"
+    ] == []
+
+
+def test_nothing_large_but_the_bundled_models() -> None:
+    assert [f.name for f in listed() if f.stat().st_size > 2_000_000 and "bundled" not in f.parts] == []
+    assert sum(f.stat().st_size for f in listed() if "bundled" in f.parts) <= 64e6
+
+
+def test_licence() -> None:
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License" in text
+    assert "Version 2.0" in text
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert (project["license"], project["license-files"]) == ("Apache-2.0", ["LICENSE"])
+
+
+def test_git_leaves_sealed_files_alone() -> None:
+    """A line end that git converts breaks a passport."""
+    command = ["git", "check-attr", "text", "--", "criadero/bundled/cria/passport.json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    assert done.stdout.strip().endswith("text: unset")
+
+
+def test_every_dependency_is_pinned() -> None:
+    """constraints.txt has each package that pyproject.toml names, in a version that pyproject.toml allows."""
+    from packaging.requirements import Requirement  # pytest needs packaging, so it is here
+    from packaging.utils import canonicalize_name
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = {canonicalize_name(line.partition("==")[0]): line.partition("==")[2] for line in lines if "==" in line}
+    wanted = [*project["dependencies"], *(one for some in project["optional-dependencies"].values() for one in some)]
+    for requirement in map(Requirement, wanted):
+        assert pins.get(canonicalize_name(requirement.name), "") in requirement.specifier, requirement.name
+    assert not any("+" in version or "/" in version for version in pins.values())
+
+
+def test_the_wheel_has_what_the_demo_needs(tmp_path: Path) -> None:
+    """Templates, bundled models and examples, by hatchling's own account of what it would pack."""
+    builder = pytest.importorskip("hatchling.builders.wheel", reason="hatchling is not installed here")
+    packed = {one.distribution_path for one in builder.WheelBuilder(str(ROOT)).recurse_included_files()}
+    assert "criadero/templates/criadero.jinja" in packed
+    assert {"criadero/examples/tienda.jsonl", "criadero/examples/tienda.held-out.jsonl"} <= packed
+    bundled = {f.relative_to(ROOT).as_posix() for f in listed() if "bundled" in f.parts}
+    assert bundled <= packed
+    assert not any("__pycache__" in one or one.startswith("tests/") for one in packed)
+
+
+def test_the_wheel_is_told_about_the_examples() -> None:
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"][
+        "wheel"
+    ]
+    assert wheel["packages"] == ["criadero"]
+    assert wheel["force-include"] == {"examples": "criadero/examples"}
+
+
+@pytest.mark.parametrize("script", ["tools/venv.sh", "tests/compat/install.sh", ".ci/run"])
+def test_scripts_parse_and_can_be_run(script: str) -> None:
+    file = ROOT / script
+    assert file.stat().st_mode & 0o111
+    shell = file.read_text(encoding="utf-8").splitlines()[0].removeprefix("#!")
+    assert subprocess.run([shell, "-n", str(file)], check=False).returncode == 0
