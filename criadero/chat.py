@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 BUILTIN = ("criadero", "llama2", "llama3", "alpaca", "vicuna", "chatml")
 ROLES = ("system", "user", "assistant")
+_GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\b")
 
 
 class Message(TypedDict):
@@ -168,7 +169,7 @@ def _marks(contents: Sequence[str], template: Template) -> tuple[str, str]:
     from criadero.template_sandbox import GENERATION
 
     everything = "".join([template.source, *contents])
-    if any(mark in everything for mark in GENERATION):
+    if _GENERATION_TAG.search(template.source) and any(mark in everything for mark in GENERATION):
         raise UserError(
             "a message holds the private-use characters U+F5FFA or U+F5FFB, which mark answers; take them out"
         )
@@ -189,12 +190,12 @@ def _run(template: Template, variables: dict[str, Any]) -> str:
 
 
 def _cut_generation_marks(text: str, template: Template) -> tuple[str, list[tuple[int, int]] | None]:
-    """The text without the marks of ``{% generation %}``, and the spans between them; None where there are no marks."""
+    """The text without the marks of ``{% generation %}``, and the spans between them; None without such tags."""
     from criadero.template_sandbox import GENERATION
 
-    pieces = re.split(f"([{''.join(GENERATION)}])", text)
-    if len(pieces) == 1:
+    if not _GENERATION_TAG.search(template.source):
         return text, None
+    pieces = re.split(f"([{''.join(GENERATION)}])", text)
     if "".join(pieces[1::2]) != "".join(GENERATION) * (len(pieces) // 4):
         raise UserError(f"chat template {template.name}: its generation tags stand inside each other")
     ends, at = [], 0
@@ -221,7 +222,7 @@ def _find_contents(
     ways: dict[int, tuple[tuple[int, int, int], ...]] = {}
     if text.startswith(literals[0]):
         ways[len(literals[0])] = ()
-    for turn, literal in zip(turns, literals[1:], strict=True):
+    for number, (turn, literal) in enumerate(zip(turns, literals[1:], strict=True), 1):
         content = contents[turn]
         longer: dict[int, tuple[tuple[int, int, int], ...]] = {}
         for at, spans in ways.items():
@@ -229,17 +230,14 @@ def _find_contents(
                 end = at + len(shape)
                 if text.startswith(shape, at) and text.startswith(literal, end):
                     longer.setdefault(end + len(literal), (*spans, (at, end, turn)))
+        if number == len(turns):
+            longer = {end: spans for end, spans in longer.items() if end == len(text)}
         if not longer:
             raise UserError(
-                f"chat template {template.name}: it alters the content of message {turn + 1} ({roles[turn]}), so the mask "
-                "cannot be placed; use a template that writes contents as they are"
+                f"chat template {template.name}: it alters the content of message {turn + 1} ({roles[turn]}), or writes other "
+                "things around it because of what it says, so the mask cannot be placed; use a template that does not"
             )
         ways = longer
-    if len(text) not in ways:
-        raise UserError(
-            f"chat template {template.name}: what it writes around the messages depends on what they say, so the mask cannot "
-            "be placed; use a template that writes contents as they are"
-        )
     return list(ways[len(text)])
 
 
