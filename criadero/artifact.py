@@ -494,6 +494,11 @@ def _disk_errors(out: Path) -> Iterator[None]:
         # libraries written in Rust or C++ say it in words
         if code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
             raise UserError(f"{out}: the disk is full: free some space and run again") from error
+        if code == errno.EFBIG or "File too large" in str(error):
+            raise UserError(
+                f"{out}: a file is larger than this system allows (File too large): raise the limit (ulimit -f), or "
+                "choose another place with --out"
+            ) from error
         where = os.path.abspath(str(getattr(error, "filename", None) or "/"))
         if code in (errno.EACCES, errno.EPERM, errno.EROFS) and where.startswith(os.path.abspath(out.parent)):
             raise UserError(

@@ -51,7 +51,7 @@ def latest(folder: Path) -> tuple[dict[str, Any], Path] | None:
             about = json.loads((path / "state.json").read_text(encoding="utf-8"))
             if (path / "state.safetensors").stat().st_size == about["size"]:
                 return about, path
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             continue
     return None
 
