@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "criadero"
 LAYERS = [
     {"errors", ""},  # "" is criadero/__init__.py: its public names are imported behind __getattr__
     {"artifact", "recipe"},
-    {"config", "tokenizer", "sentencepiece_file", "chat"},
-    {"model", "lora", "checkpoints", "data"},
+    {"config", "tokenizer", "sentencepiece_file", "template_sandbox", "chat"},
+    {"model", "lora", "checkpoints", "data", "card"},
     {"train", "engine"},
     {"run", "demo", "terminal", "summary", "export"},
     {"cli"},

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from criadero.artifact import Artifact, create, open_artifact, resolve
+from criadero.card import read_words, write_card
 from criadero.errors import UserError
 from criadero.model import Llama, ModelConfig
 from criadero.tokenizer import Tokenizer, load_tokenizer
@@ -66,6 +67,11 @@ class PretrainRecipe:
     eval_every: int = field(default=200, metadata={"help": "steps between held-out losses"})
     eval_tokens: int = field(default=20_000, metadata={"help": "held-out tokens a language and kind"})
     save_minutes: float = field(default=5.0, metadata={"help": "between resume points"})
+    model_name: str = field(default="", metadata={"help": "name in the passport and the card; default: the folder's"})
+    model_licence: str = field(
+        default="", metadata={"help": "licence you give the weights; recorded, and shown in the card"}
+    )
+    card: str | None = field(default=None, metadata={"help": "a Markdown file with your own words for the model card"})
 
 
 def pretrain(recipe: PretrainRecipe, out: Path, *, overwrite: bool = False, resume: bool = True) -> Artifact:
@@ -76,6 +82,7 @@ def pretrain(recipe: PretrainRecipe, out: Path, *, overwrite: bool = False, resu
     from criadero.checkpoints import load_model, save_hf
 
     keep_memory()
+    words = read_words(recipe.card)
     tokens_folder = resolve(recipe.data)
     train_file, held_out = TokenFile.open(tokens_folder, "train"), TokenFile.open(tokens_folder, "held_out")
     tokenizer = load_tokenizer(tokens_folder)
@@ -102,7 +109,8 @@ def pretrain(recipe: PretrainRecipe, out: Path, *, overwrite: bool = False, resu
     steps = math.ceil(recipe.tokens / (rows * micro_batches * recipe.context))
     config_out = dataclasses.asdict(recipe)
     with create(
-        out, kind="base", config={"stage": "pretrain", **config_out}, seeds={"seed": recipe.seed}, overwrite=overwrite,
+        out, kind="base", name=recipe.model_name or None, licence=recipe.model_licence or None,
+        config={"stage": "pretrain", **config_out}, seeds={"seed": recipe.seed}, overwrite=overwrite,
         resume=resume,
     ) as draft:  # fmt: skip
         draft.add_input("trained_on", tokens_folder)
@@ -161,6 +169,9 @@ def pretrain(recipe: PretrainRecipe, out: Path, *, overwrite: bool = False, resu
                 "dtype": str(dtype).removeprefix("torch."),
                 "peak_memory_bytes": peak_memory_bytes(),
             }
+        )
+        write_card(
+            draft, out, name=recipe.model_name, kind="base", licence=recipe.model_licence, base=recipe.base, words=words
         )
     return open_artifact(out)
 

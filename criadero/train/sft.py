@@ -19,6 +19,7 @@ import torch
 
 from criadero import lora
 from criadero.artifact import BUNDLED, Artifact, create, open_artifact, resolve
+from criadero.card import read_words, write_card
 from criadero.chat import Example, Message, Template, builtin_template, render
 from criadero.data.chats import ChatFile, read_chats
 from criadero.errors import UserError
@@ -79,6 +80,11 @@ class SftRecipe:
     seed: int = field(default=1, metadata={"help": "adapters, split and order"})
     skip_bad: bool = field(default=False, metadata={"help": "count malformed lines instead of refusing them"})
     save_minutes: float = field(default=5.0, metadata={"help": "between resume points"})
+    model_name: str = field(default="", metadata={"help": "name in the passport and the card; default: the folder's"})
+    model_licence: str = field(
+        default="", metadata={"help": "licence you give the weights; recorded, and shown in the card"}
+    )
+    card: str | None = field(default=None, metadata={"help": "a Markdown file with your own words for the model card"})
 
 
 @dataclass(frozen=True)
@@ -102,12 +108,14 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
     keep_memory()
     base_path, data_path = resolve(recipe.base), _data_path(recipe.data)
     _check_recipe(recipe)
+    words = read_words(recipe.card)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lr = recipe.lr or (1e-3 if recipe.method == "lora" else 2e-4)
     kind = "adapter" if recipe.method == "lora" and not recipe.merged else "chat"
     _check_base(base_path, kind)
     with create(
-        out, kind=kind, config={"stage": "sft", **dataclasses.asdict(recipe)}, seeds={"seed": recipe.seed},
+        out, kind=kind, name=recipe.model_name or None, licence=recipe.model_licence or None,
+        config={"stage": "sft", **dataclasses.asdict(recipe)}, seeds={"seed": recipe.seed},
         overwrite=overwrite, resume=resume,
     ) as draft:  # fmt: skip
         tokenizer, template, config = tokenizer_of(base_path), _template(recipe, base_path), load_config(base_path)
@@ -186,6 +194,9 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
                 "dtype": str(dtype).removeprefix("torch."),
                 "peak_memory_bytes": peak_memory_bytes(),
             }
+        )
+        write_card(
+            draft, out, name=recipe.model_name, kind=kind, licence=recipe.model_licence, base=recipe.base, words=words
         )
     return open_artifact(out)
 
