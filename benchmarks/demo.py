@@ -9,16 +9,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from criadero.demo import QUESTIONS, TRANSCRIPT, examples_folder, settings
-
+# Linux counts what the parent held when a child was started towards the child's peak: so this process imports nothing large.
+ABOUT = """
+import json, os, platform, torch
+from criadero import demo
+from criadero.artifact import _cpu
+cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+system = f"{platform.system()}, Python {platform.python_version()}, PyTorch {torch.__version__}"
+machine = f"{_cpu()}, {cores} cores, {torch.get_num_threads()} threads, {system}"
+print(json.dumps({"machine": machine, "settings": demo.settings(), "examples": str(demo.examples_folder()),
+                  "questions": demo.QUESTIONS, "typed": demo.TRANSCRIPT}))
+"""
 ANSWER = """
 import sys
 from criadero.demo import read_questions
@@ -58,20 +68,24 @@ def measure(step: str, command: Sequence[str], typed: str = "") -> Row:
     return Row(step, round(seconds, 2), round(usage.ru_utime + usage.ru_stime, 2), usage.ru_maxrss * unit)
 
 
-def steps(base: str, folder: Path) -> list[tuple[str, list[str], str]]:
+def steps(base: str, folder: Path, about: dict[str, Any]) -> list[tuple[str, list[str], str]]:
     """What is measured: name, command, input."""
     criadero = [sys.executable, "-m", "criadero.cli"]
-    examples = examples_folder()
+    examples, typed = Path(about["examples"]), about["typed"]
     held_out = str(examples / "tienda.held-out.jsonl")
     tuned = str(folder / "tienda")
-    fields = [word for name, value in settings().items() for word in (f"--{name}", str(value))]
+    fields = [word for name, value in about["settings"].items() for word in (f"--{name}", str(value))]
     tune = [*criadero, "tune", base, str(examples / "tienda.jsonl"), "--held_out", held_out, *fields]
     listed = [
         ("criadero --help", [*criadero, "--help"], ""),
         ("show the passport of the base", [*criadero, "show", base], ""),
         ("tune it (LoRA), held-out loss before and after", [*tune, "--out", tuned, "--overwrite"], ""),
-        (f"{QUESTIONS} answers of each of the two models", [sys.executable, "-c", ANSWER, held_out, base, tuned], ""),
-        (f"a chat of {len(TRANSCRIPT)} turns", [*criadero, "chat", tuned, "--temperature", "0"], "\n".join(TRANSCRIPT)),
+        (
+            f"{about['questions']} answers of each of the two models",
+            [sys.executable, "-c", ANSWER, held_out, base, tuned],
+            "",
+        ),
+        (f"a chat of {len(typed)} turns", [*criadero, "chat", tuned, "--temperature", "0"], "\n".join(typed)),
         ("verify the tuned artifact", [*criadero, "passport", "verify", tuned], ""),
         ("export it as GGUF (Q8_0)", [*criadero, "export", tuned, "--out", f"{tuned}.gguf", "--overwrite"], ""),
     ]
@@ -80,35 +94,23 @@ def steps(base: str, folder: Path) -> list[tuple[str, list[str], str]]:
     return listed
 
 
-def machine() -> str:
-    """Processor, cores, system and versions, in a line."""
-    import torch
-
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    system = f"{platform.system()}, Python {platform.python_version()}, PyTorch {torch.__version__}"
-    return f"{cpu}, {cores} cores, {torch.get_num_threads()} threads, {system}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--base", default="cria", help="the model to customise")
     parser.add_argument("--repeat", type=int, default=1, help="run each step so often and take the quickest")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
+    about = json.loads(subprocess.run([sys.executable, "-c", ABOUT], capture_output=True, check=True).stdout)
     rows = []
     with tempfile.TemporaryDirectory(prefix="criadero-bench-") as folder:
-        for name, command, typed in steps(options.base, Path(folder)):
+        for name, command, typed in steps(options.base, Path(folder), about):
             print(f"measuring: {name}", file=sys.stderr, flush=True)
             tries = [measure(name, command, typed) for _ in range(max(1, options.repeat))]
             rows.append(min(tries, key=lambda row: row.seconds))
     if options.json:
-        print(json.dumps({"machine": machine(), "rows": [asdict(row) for row in rows]}, indent=2))
+        print(json.dumps({"machine": about["machine"], "rows": [asdict(row) for row in rows]}, indent=2))
         return
-    print(f"{machine()}\n\n| step | seconds | peak memory |\n|---|---:|---:|")
+    print(f"{about['machine']}\n\n| step | seconds | peak memory |\n|---|---:|---:|")
     for row in rows:
         print(f"| {row.step} | {row.seconds:.1f} | {row.peak_bytes / 1e6:,.0f} MB |")
 
