@@ -51,5 +51,5 @@ clean:
 	@touch .venv/installed $@
 
 .compat/installed: tests/compat/install.sh .venv/installed-dev
-	@PYTHON=.venv/bin/python ./tests/compat/install.sh
+	@PIP_QUIET=1 PYTHON=.venv/bin/python ./tests/compat/install.sh
 	@touch $@
