@@ -115,3 +115,40 @@ def test_scripts_parse_and_can_be_run(script: str) -> None:
     assert file.stat().st_mode & 0o111
     shell = file.read_text(encoding="utf-8").splitlines()[0].removeprefix("#!")
     assert subprocess.run([shell, "-n", str(file)], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("python", "uname", "message"),
+    [
+        ("", "Linux x86_64", "and no Python is here: install one"),
+        ("[ $1 = -V ] && echo Python 3.9.2 && exit 0; exit 1", "Linux x86_64", "and Python 3.9.2 is here: install one"),
+        (
+            "case $2 in *ensurepip*) exit 1;; esac",
+            "Linux aarch64",
+            "python3 cannot make environments: install its venv",
+        ),
+        ("exit 0", "Darwin x86_64", "PyTorch is no longer built for Macs with Intel processors"),
+    ],
+)
+def test_installing_says_what_is_missing(tmp_path: Path, python: str, uname: str, message: str) -> None:
+    """tools/venv.sh on a machine of which we make up the commands; it stops before it makes or removes anything."""
+    (tmp_path / "tools").mkdir()
+    script = tmp_path / "tools" / "venv.sh"
+    script.write_text((ROOT / "tools" / "venv.sh").read_text(encoding="utf-8"), encoding="utf-8")
+    system, machine = uname.split()
+    commands = {
+        "dirname": "echo ${1%/*}",
+        "uname": f"[ $1 = -s ] && echo {system} || echo {machine}",
+        "python3": python,
+    }
+    (tmp_path / "bin").mkdir()
+    for name, body in commands.items():
+        if body:
+            (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
+            (tmp_path / "bin" / name).chmod(0o755)
+    environment = {"PATH": str(tmp_path / "bin")}
+    done = subprocess.run(["/bin/sh", str(script)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["bin", "tools"]
