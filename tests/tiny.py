@@ -51,7 +51,7 @@ def model(seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 1.5,
 
 def base(folder: Path, *, template: str | None = "criadero", seed: int = 0, **changes: Any) -> Path:
     """A model folder as Hugging Face has it: small random weights, tokenizer, and a chat template unless None."""
-    made = model(seed=seed, scale=0.5, **changes)
+    made = model(seed=seed, **changes)
     save_hf(made, made.config, folder)
     tokenizer().save(folder, chat_template=builtin_template(template).source if template else None)
     return folder
