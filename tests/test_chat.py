@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import tempfile
 import threading
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_tokenizer import read
 
 from criadero.chat import BUILTIN, Example, Message, Template, builtin_template, load_template, render
 from criadero.errors import UserError
@@ -55,12 +57,12 @@ def own() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def llama2(shared: Path) -> Tokenizer:
-    return load_tokenizer(shared / "tokenizers/llama2/tokenizer.model")
+    return read(shared / "tokenizers/llama2/tokenizer.model")
 
 
 @pytest.fixture(scope="session")
 def llama3(shared: Path) -> Tokenizer:
-    return load_tokenizer(shared / "tokenizers/llama3/models__llama3__tokenizer.model")
+    return read(shared / "tokenizers/llama3/models__llama3__tokenizer.model")
 
 
 PAIRS = [
@@ -153,16 +155,23 @@ def test_llama2_encodes_each_turn_as_meta_does(llama2, shared):
 # --- equal to transformers ---
 
 
-@pairs
-def test_ids_are_those_of_transformers(name, tokenizer, tmp_path):
+@cache
+def theirs_of(tokenizer: Tokenizer) -> Any:
+    """The same tokenizer in transformers."""
     from transformers import AutoTokenizer
 
-    template = builtin_template(name)
-    tokenizer.save(tmp_path, chat_template=template.source)
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        return AutoTokenizer.from_pretrained(folder)
+
+
+@pairs
+def test_ids_are_those_of_transformers(name, tokenizer):
+    template, theirs = builtin_template(name), theirs_of(tokenizer)
+    how = {"chat_template": template.source, "return_dict": False}
     for chat in CHATS:
-        assert render(chat, tokenizer, template).ids == theirs.apply_chat_template(chat, return_dict=False)
-        expected = theirs.apply_chat_template(chat[:-1], add_generation_prompt=True, return_dict=False)
+        assert render(chat, tokenizer, template).ids == theirs.apply_chat_template(chat, **how)
+        expected = theirs.apply_chat_template(chat[:-1], add_generation_prompt=True, **how)
         assert render(chat[:-1], tokenizer, template, add_generation_prompt=True).ids == expected
 
 
@@ -174,16 +183,13 @@ def test_ids_are_those_of_transformers(name, tokenizer, tmp_path):
         "meta-llama-Llama-3.3-70B-Instruct",
     ],
 )
-def test_metas_own_templates(llama3, shared, tmp_path, file):
+def test_metas_own_templates(llama3, shared, file):
     """Programs of others, so they run in the helper process."""
-    from transformers import AutoTokenizer
-
     source = (shared / f"tokenizers/llama_cpp_vocab_tests/{file}.jinja").read_text()
-    llama3.save(tmp_path, chat_template=source)
-    template, theirs = load_template(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    template, theirs = Template(source, file), theirs_of(llama3)
     for chat in CHATS:
         example = render(chat, llama3, template)
-        assert example.ids == theirs.apply_chat_template(chat, return_dict=False)
+        assert example.ids == theirs.apply_chat_template(chat, chat_template=source, return_dict=False)
         answers = [message["content"].strip() + "<|eot_id|>" for message in chat if message["role"] == "assistant"]
         assert learned(example, llama3) == answers
 

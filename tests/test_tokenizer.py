@@ -80,14 +80,20 @@ def own() -> Tokenizer:
     return train_bpe(CORPUS, 380)
 
 
+@cache
+def read(path: Path) -> Tokenizer:
+    """Llama 3's takes two seconds: once for all tests."""
+    return load_tokenizer(path)
+
+
 @pytest.fixture(scope="session")
 def llama2(shared: Path) -> Tokenizer:
-    return load_tokenizer(shared / "tokenizers/llama2/tokenizer.model")
+    return read(shared / "tokenizers/llama2/tokenizer.model")
 
 
 @pytest.fixture(scope="session")
 def llama3(shared: Path) -> Tokenizer:
-    return load_tokenizer(shared / "tokenizers/llama3/models__llama3__tokenizer.model")
+    return read(shared / "tokenizers/llama3/models__llama3__tokenizer.model")
 
 
 @pytest.fixture(scope="session")
