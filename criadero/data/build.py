@@ -159,7 +159,9 @@ def find_sources(recipe: DataRecipe) -> dict[str, list[Path]]:
         )
         if not paths:
             raise UserError(
-                f"source {source.name}: nothing at {root / source.path}; get the data there, or set CRIADERO_DATA to its folder"
+                f"source {source.name}: nothing at {root / source.path}; get it there"
+                + (f" (from {source.url})" if source.url else "")
+                + ", or set CRIADERO_DATA to the data's folder"
             )
         for path in paths:
             if Path(path).is_file():
