@@ -104,7 +104,7 @@ def pretrain(recipe: PretrainRecipe, out: Path, *, overwrite: bool = False, resu
     if recipe.base:
         _check_base(recipe, config, tokenizer)
 
-    rows = max(1, recipe.micro_tokens // recipe.context)
+    rows = max(1, min(recipe.micro_tokens, recipe.batch_tokens) // recipe.context)
     micro_batches = max(1, round(recipe.batch_tokens / (rows * recipe.context)))
     steps = math.ceil(recipe.tokens / (rows * micro_batches * recipe.context))
     config_out = dataclasses.asdict(recipe)

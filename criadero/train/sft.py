@@ -139,7 +139,7 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
             parameters = list(model.named_parameters())
         pad = tokenizer.pad_id if tokenizer.pad_id is not None else 0
         length = row_length(prepared, context)
-        rows = max(1, recipe.micro_tokens // length)
+        rows = max(1, min(recipe.micro_tokens, recipe.batch_tokens) // length)
         batches = ExampleBatches(
             prepared.train, row_length=length, rows=rows, pad=pad, seed=recipe.seed, dtype=dtype, device=device
         )
