@@ -57,34 +57,27 @@ def export(
 
 
 def _write_gguf(source: Path, file: Path, kind: str, name: str) -> None:
-    from criadero.checkpoints import load_model, write_gguf
-    from criadero.tokenizer import load_tokenizer
+    from criadero.checkpoints import load_model, tokenizer_of, write_gguf
 
-    write_gguf(
-        load_model(source), load_tokenizer(source), file, type=kind.upper(), template=_template(source), name=name
-    )
+    write_gguf(load_model(source), tokenizer_of(source), file, type=kind.upper(), template=_template(source), name=name)
 
 
 def _write_hf(source: Path, folder: Path, kind: str) -> None:
     import torch
 
-    from criadero.checkpoints import load_model, save_hf
-    from criadero.tokenizer import load_tokenizer
+    from criadero.checkpoints import load_model, save_hf, tokenizer_of
 
     dtype = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}.get(kind)
     model = load_model(source)
     save_hf(model, model.config, folder, dtype=dtype)
-    load_tokenizer(source).save(folder, chat_template=_template(source))
+    tokenizer_of(source).save(folder, chat_template=_template(source))
 
 
 def _template(source: Path) -> str | None:
     """The chat template's source; None for a base model, which has none."""
-    from criadero.chat import load_template
-    from criadero.checkpoints import read_gguf_template
+    from criadero.checkpoints import template_of
 
-    if source.is_file():
-        return read_gguf_template(source)
     try:
-        return load_template(source).source
+        return template_of(source).source
     except UserError:
         return None

@@ -90,7 +90,7 @@ def test_ctrl_c_ends_the_step_saves_and_can_be_gone_on_with(
     process = start(tmp_path)
     wait_for_step(tmp_path, 3, process)
     process.send_signal(number)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=300)[1]
     assert process.returncode == 130
     found = checkpoint.latest(tmp_path / "resume")
     assert found is not None

@@ -208,6 +208,18 @@ def test_a_template_can_be_given_to_a_base_without_one(tmp_path: Path, capsys: p
     assert template_of(tmp_path / "x").source == builtin_template("criadero").source
 
 
+def test_an_adapter_can_be_exported_and_still_knows_where_to_stop(tuned: tuple[Path, str], tmp_path: Path) -> None:
+    from criadero.export import export
+
+    chat: list[Any] = [{"role": "user", "content": "Question 3?"}]
+    wanted = "".join(LLM(tuned[0]).chat(chat, max_tokens=40))
+    export(tuned[0], to="gguf", out=tmp_path / "mine.gguf", type="f32")
+    export(tmp_path / "mine.gguf", to="hf", out=tmp_path / "again")  # tokenizer and template travel in the file
+    for place in (tmp_path / "mine.gguf", tmp_path / "again"):
+        assert "".join(LLM(place).chat(chat, max_tokens=40)) == wanted
+        assert tiny.tokenizer().special["<|end|>"] in load_config(place).eos_ids
+
+
 # --- refusals: one line, exit code 2, nothing left ---
 
 
@@ -472,7 +484,7 @@ def test_ctrl_c_leaves_something_to_go_on_with(base: Path, tmp_path: Path) -> No
         time.sleep(0.01)
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)
+    said = process.communicate(timeout=300)
     assert process.returncode == 130, said[1]
     assert "Traceback" not in said[1]
     assert "run the same again to go on" in said[1]

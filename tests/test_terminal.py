@@ -167,7 +167,7 @@ def test_the_opening_is_not_changed_by_the_chat_that_follows() -> None:
 def test_piped_input(folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "criadero.cli", "chat", str(folder), "--temperature", "0", "--max-tokens", "5"],
-        input=b"Can I pay by card?\n/exit\n", capture_output=True, timeout=120,
+        input=b"Can I pay by card?\n/exit\n", capture_output=True, timeout=300,
         cwd=folder, env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
