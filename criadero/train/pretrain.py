@@ -21,7 +21,7 @@ from criadero.train.batches import IGNORE, Batch, TokenBatches, TokenFile, held_
 from criadero.train.checkpoint import resumed_dtype
 from criadero.train.hardware import available_memory_bytes, choose_dtype, keep_memory, peak_memory_bytes
 from criadero.train.loop import Plan, train
-from criadero.train.loss import next_token_loss
+from criadero.train.loss import CHUNK, next_token_loss
 from criadero.train.optim import Optimizer
 from criadero.train.progress import say
 
@@ -272,7 +272,9 @@ def estimate_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
     per_token = config.num_hidden_layers * (14 * config.hidden_size + 5 * config.intermediate_size) * width
     context = min(config.max_position_embeddings, 1024)
     scores = config.num_hidden_layers * config.num_attention_heads * context * 3 * width  # attention over short rows
-    return config.parameters() * (2 * width + 16) + tokens * (per_token + scores) + 350 * 2**20
+    logits = min(tokens, CHUNK) * config.vocab_size * (4 + 2 * width)  # the output layer's chunk, wide and narrow
+    total = config.parameters() * (2 * width + 16) + tokens * (per_token + scores) + logits + 230 * 2**20
+    return round(total * 1.15)  # what the allocator keeps between tensors: measured 5-20 % in short runs (docs/log.md)
 
 
 def check_memory(needed: int) -> None:
