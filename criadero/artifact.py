@@ -376,7 +376,7 @@ def input_of(
             return Input(relation, content_id(path), name or path.name, licence, where)
         problems = verify(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
     if problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise UserError(
@@ -450,16 +450,28 @@ def create(
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is not one of {KINDS}")
     out = Path(os.path.normpath(out))
+    if not out.name:
+        raise UserError(f"--out {out}: an artifact is a folder with a name of its own: give one that is not there yet")
     partial = _partial(out)
+    absent = [folder for folder in out.parents if not folder.exists()]
+    plain([str(out), name])  # text that the passport can hold? asked before the work
     settings = {"kind": kind, "config": plain(config)}
-    with _disk_errors(out):
-        _check_free(out, overwrite)
-        resumed, before = _open_partial(partial, settings, resume)
-        lock = _lock(partial, settings)
+    try:
+        with disk_errors(out):
+            _check_free(out, overwrite)
+            resumed, before = _open_partial(partial, settings, resume)
+            try:
+                lock = _lock(partial, settings)
+            except OSError:  # the disk is full already
+                if not resumed:
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
+    except OSError as error:  # a name that is too long, a file system that takes no folders
+        raise UserError(f"{out}: cannot be made ({error.strerror}): choose another place with --out") from error
     draft = Draft(partial, resumed=resumed, _before=before)
     started = _now()
     try:
-        with _disk_errors(out):
+        with disk_errors(out):
             for one in inputs:
                 draft._record(one)
             code = _code()
@@ -473,6 +485,9 @@ def create(
                 print(f"note: the work so far is kept in {partial}: run the same again to go on", file=sys.stderr)
         elif partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(OSError):  # something else has come into them
+                for folder in absent:
+                    folder.rmdir()
         raise
     finally:
         os.close(lock)
@@ -483,7 +498,7 @@ def _partial(out: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
+def disk_errors(out: Path) -> Iterator[None]:
     """A full disk and a folder that may not be written are the user's to mend: one line, not a traceback."""
     try:
         yield

@@ -6,6 +6,8 @@ Results go to standard output, what is said on the way to standard error. Exit c
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import sys
@@ -20,6 +22,12 @@ from criadero.errors import UserError
 _PLAIN: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 _FIELDS: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}  # recipe fields are flags too
 _OWN = ("out", "recipe", "overwrite", "no-resume", "json", "help")  # flags of the command itself, for near misses
+
+# what the system refuses, whatever this program does: told in a line, unlike a bug
+_REFUSED = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ELOOP,
+    errno.ENAMETOOLONG, errno.ENOTDIR, errno.EMFILE,
+)  # fmt: skip
 
 app = typer.Typer(
     help="Raise your own Llama, in the open, on your own machine.",
@@ -132,6 +140,8 @@ def _make(
         raise UserError(f"unexpected argument {words[len(positional)]!r}: settings are written --field value")
     values = read_recipe(recipe, stage) if recipe else {}
     named = dict(zip(positional, words, strict=False))
+    if empty := [name.upper() for name, word in named.items() if not word]:
+        raise UserError(f"{empty[0]} is an empty word: name a file or folder")
     for name in named.keys() & flags.keys():
         raise UserError(f"{name} is given twice: {named[name]!r} and --{name} {flags[name]!r}")
     values |= named | flags
@@ -296,6 +306,11 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _run(args: list[str] | None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(
+                errors="backslashreplace" if stream is sys.stderr else "replace"
+            )  # a terminal of few letters
     try:
         code = app(args=args, prog_name="criadero", standalone_mode=False)
         sys.stdout.flush()
@@ -309,6 +324,10 @@ def _run(args: list[str] | None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains
         return 1
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _REFUSED:
+            where = f"{error.filename}: " if error.filename else ""
+            print(f"error: {where}{error.strerror}", file=sys.stderr)
+            return 2
         # typer brings its own copy of click in some versions: go by what the exception offers, not by its class
         if type(error).__name__ == "Abort":
             return 130

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from criadero.artifact import Artifact, create, open_artifact, read_passport, resolve
+from criadero.artifact import Artifact, create, disk_errors, open_artifact, read_passport, resolve
 from criadero.errors import UserError
 
 GGUF_TYPES = ("q8_0", "q4_0", "f16", "bf16", "f32")
@@ -33,13 +33,7 @@ def export(
     if single and out.exists() and not (overwrite and out.is_file()):
         raise UserError(f"{out} exists: choose another place with --out, or replace it with --overwrite")
     if single:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(f".{out.name}.partial")
-        try:
-            _write_gguf(source, partial, kind, out.name.removesuffix(".gguf"))
-            os.replace(partial, out)
-        finally:
-            partial.unlink(missing_ok=True)
+        _write_single(source, out, kind)
         return out
     passport = read_passport(source) if source.is_dir() else None
     made = passport["kind"] if passport and passport["kind"] != "adapter" else "model"
@@ -54,6 +48,22 @@ def export(
         else:
             _write_hf(source, draft.path, kind)
     return open_artifact(out)
+
+
+def _write_single(source: Path, out: Path, kind: str) -> None:
+    """One ``.gguf`` file, under another name until it is whole."""
+    partial = out.with_name(f".{out.name}.partial")
+    with disk_errors(out):
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            partial.touch()
+        except OSError as error:
+            raise UserError(f"{out}: cannot be made ({error.strerror}): choose another place with --out") from error
+        try:
+            _write_gguf(source, partial, kind, out.name.removesuffix(".gguf"))
+            os.replace(partial, out)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _write_gguf(source: Path, file: Path, kind: str, name: str) -> None:

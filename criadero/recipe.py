@@ -38,16 +38,24 @@ def plain(obj: Any) -> Any:
     """The same value in str, int, bool, list, dict and None only: what a passport may hold.
 
     Floats become decimal strings (``1e-05`` -> ``"0.00001"``), as do integers beyond 2**53; dataclasses become dicts,
-    tuples lists, paths strings, and NumPy or torch scalars Python ones. Raises TypeError for anything else.
+    tuples lists, paths strings, and NumPy or torch scalars Python ones. Raises TypeError for anything else, and UserError
+    for text that UTF-8 cannot hold.
     """
-    if obj is None or isinstance(obj, bool | str):
-        return str(obj) if isinstance(obj, str) else obj
+    if obj is None or isinstance(obj, bool):
+        return obj
+    if isinstance(obj, str):
+        if not obj.isascii():
+            try:
+                obj.encode()
+            except UnicodeEncodeError:  # a file name from another time, or half of a character
+                raise UserError(f"{obj!r} is not UTF-8, so no passport can hold it: give it another name") from None
+        return str(obj)
     if isinstance(obj, int):
         return int(obj) if abs(obj) <= _LARGEST_EXACT else str(int(obj))
     if isinstance(obj, float):
         return format(Decimal(repr(float(obj))), "f") if math.isfinite(obj) else str(float(obj))
     if isinstance(obj, Path):
-        return str(obj)
+        return plain(str(obj))
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
         return {f.name: plain(getattr(obj, f.name)) for f in dataclasses.fields(obj)}
     if isinstance(obj, Mapping):
@@ -111,6 +119,10 @@ def parse(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
     for name, (field, hint) in known.items():
         if name in given:
             made[name] = _convert(given[name], hint, f"{where}: {name}")
+            if (
+                name == "seed" and isinstance(made[name], int) and not 0 <= made[name] < 2**32
+            ):  # what every generator of random numbers takes
+                raise UserError(f"{where}: seed must be between 0 and {2**32 - 1}, not {made[name]}")
         elif required(field):
             about = field.metadata.get("help", "")
             raise UserError(f"{where}: {name!r} must be given" + (f" ({about})" if about else ""))

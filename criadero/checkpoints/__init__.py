@@ -82,7 +82,7 @@ def tokenizer_of(ref: Ref) -> Tokenizer:
         return found
     if (path / ADAPTER).is_file() and not any((path / n).is_file() for n in ("tokenizer.json", "tokenizer.model")):
         return tokenizer_of(adapter_base(path))
-    return load_tokenizer(path)
+    return load_tokenizer(path if is_meta_folder(path) else _model_folder(path))
 
 
 def template_of(ref: Ref) -> Template:

@@ -211,7 +211,10 @@ def read_chats(
         places.append(where)
         rows.append(row)
     if not rows:
-        raise UserError(f"{path}: no chat in it ({len(bad)} bad rows); expected {KNOWN}")
+        first = f"; the first complaint: {bad[0]}" if bad else ""
+        raise UserError(
+            f"{path}: no chat in it ({'every row is bad' if bad else 'it is empty'}); expected {KNOWN}{first}"
+        )
     shape = shape or detect(rows, places=places, file=path)
     chats, kept_places, kept_rows = [], [], []
     for where, row in zip(places, rows, strict=True):

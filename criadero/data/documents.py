@@ -171,28 +171,44 @@ def _read_jsonl(file: Path, stream: BinaryIO, skip_bad: bool, bad: list[str]) ->
             row = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             _complain(f"{where}: not UTF-8 (byte {error.start} of the line)", skip_bad, bad)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             _complain(f"{where}: not valid JSON ({_json_reason(error)})", skip_bad, bad)
         else:
-            if isinstance(row, dict):
+            if (reason := _no_row(row, line)) is None:
                 yield where, row
             else:
-                _complain(f"{where}: expected an object {{...}}, got {type(row).__name__}", skip_bad, bad)
+                _complain(f"{where}: {reason}", skip_bad, bad)
 
 
 def _json_reason(error: Exception) -> str:
-    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return "nested too deep" if isinstance(error, RecursionError) else str(error).partition(";")[0]  # an endless number
+
+
+def _no_row(row: Any, written: bytes) -> str | None:
+    """Why a JSON value is no row, or None. `written` is the JSON that it comes from."""
+    if not isinstance(row, dict):
+        return f"expected an object {{...}}, got {type(row).__name__}"
+    if b"\\ud" in written or b"\\uD" in written:  # an escaped pair is one character; half of one is no text
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = json.dumps(error.object[error.start]).strip('"')
+            return f"half of a character ({half}), which no text can hold"
+    return None
 
 
 def _read_json(file: Path, stream: BinaryIO, skip_bad: bool, bad: list[str]) -> Iterator[tuple[str, Row]]:
+    data = stream.read()
     try:
-        value = json.loads(stream.read().decode("utf-8-sig"))
+        value = json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: not valid JSON ({_json_reason(error)}); mend it") from error
-    except RecursionError as error:
-        raise UserError(f"{file}: not valid JSON (nested too deep); mend it") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not valid JSON ({_json_reason(error)}); mend it") from error
     if isinstance(value, dict):
         lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
         if len(lists) != 1:
@@ -204,10 +220,10 @@ def _read_json(file: Path, stream: BinaryIO, skip_bad: bool, bad: list[str]) -> 
         raise UserError(f"{file}: expected a list of objects, got {type(value).__name__}; wrap the rows in [...]")
     for number, row in enumerate(value, 1):
         where = f"{file} row {number}"
-        if isinstance(row, dict):
+        if (reason := _no_row(row, data)) is None:
             yield where, row
         else:
-            _complain(f"{where}: expected an object {{...}}, got {type(row).__name__}", skip_bad, bad)
+            _complain(f"{where}: {reason}", skip_bad, bad)
 
 
 def _read_csv(
@@ -272,7 +288,7 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, Row]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{file} row {number}", row
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(
             f"{file}: not a readable Parquet file ({str(error).splitlines()[0]}); check the file"
         ) from error
