@@ -21,6 +21,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -616,11 +617,14 @@ def _seal(draft: Draft, out: Path, kind: str, name: str, licence: str | None, st
     if lineage:
         (folder / _LINEAGE).write_bytes(b"".join(canonical_json(passport) + b"\n" for passport in lineage.values()))
     files = []
+    readable = stat.S_IMODE((folder / _MARK).stat().st_mode)
     for relative, file in _walk(folder):
         if relative in _UNSEALED:
             continue
         if file.is_symlink():
             raise ValueError(f"{file} is a link: an artifact holds its files itself")
+        if stat.S_IMODE(file.stat().st_mode) == 0o600:  # as safetensors writes: for others as readable as the rest
+            file.chmod(readable)
         sha256 = sha256_file(file).removeprefix("sha256:")
         files.append({"path": relative, "size": file.stat().st_size, "sha256": sha256, "role": _role(relative)})
         _fsync(file)

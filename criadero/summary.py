@@ -80,16 +80,15 @@ def _source_rows(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
         if isinstance(removed, dict):
             removed = sum(value for value in removed.values() if isinstance(value, int))
         cells = [row.get("name") or row.get("source"), row.get("licence")]
-        table.append(
-            [*(str(cell or "?") for cell in cells), *map(_number, (row.get("documents"), row.get("tokens"), removed))]
-        )
+        documents = row.get("documents_out", row.get("documents"))
+        table.append([*(str(cell or "?") for cell in cells), *map(_number, (documents, row.get("tokens"), removed))])
     return table
 
 
 def _metric_rows(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     table = [["metric", "on", "value", "n"]]
     for row in rows:
-        value = str(row.get("value", "?"))
+        value = _number(row.get("value", "?"))
         value = f"{float(value):.4g}" if "." in value and value.replace(".", "", 1).lstrip("-").isdigit() else value
         where = " ".join(str(row[key]) for key in ("suite", "slice") if row.get(key))
         table.append([str(row.get("metric") or row.get("name") or "?"), where, value, _number(row.get("n"))])

@@ -59,6 +59,15 @@ def test_sealed_folder_says_what_it_holds(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["passport.json", "sub"]
 
 
+def test_files_are_as_readable_as_any_that_are_made_here(tmp_path: Path) -> None:
+    with create(tmp_path / "m", kind="base", config={}) as draft:
+        (draft.path / "config.json").write_text("{}")
+        (draft.path / "model.safetensors").write_text("w")
+        (draft.path / "model.safetensors").chmod(0o600)
+    modes = [(tmp_path / "m" / name).stat().st_mode for name in ("config.json", "model.safetensors")]
+    assert modes[0] == modes[1]
+
+
 def test_id_is_the_hash_of_the_canonical_passport(tmp_path: Path) -> None:
     """Against an independent spelling: for ASCII keys RFC 8785 is sorted, compact JSON."""
     one = make(tmp_path / "m")

@@ -28,11 +28,23 @@ def test_chats(tmp_path: Path) -> None:
 def test_documents(tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text("# Title\n\n" + "word " * 200)
     (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"txt": "three"}\n')
-    text = show(tmp_path)
-    assert "1 document, " in text
+    (tmp_path / "c.md").write_text("")
+    text = show(tmp_path, limit=2)
+    assert text.startswith(f"{tmp_path}, 2 files: 3 documents, 1,015 characters\n2 bad lines:\n")
     assert "[...]" in text
-    assert "b.jsonl: 2 documents, 6 characters" in text
+    assert "c.md: empty" in text
     assert "no text in the field 'text' (fields: 'txt')" in text
+    assert "b.jsonl:1\n  one" in text
+    assert "two" not in text
+
+
+def test_a_dataset_of_both(tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ({"text": "one"}, chat, chat)))
+    (tmp_path / "b.json").write_text(json.dumps([chat]))
+    text = show(tmp_path)
+    assert f"{tmp_path / 'a.jsonl'}: 1 document, 3 characters, 2 chats\n" in text
+    assert f"{tmp_path / 'b.json'}: 1 chat, 2 turns, 1 assistant turn, 0 with a system message\n" in text
 
 
 @pytest.mark.parametrize(
