@@ -228,12 +228,12 @@ def test_an_adapter_can_be_exported_and_still_knows_where_to_stop(tuned: tuple[P
     [
         ({"lr": -1e-3}, "lr must be at least 0 and below 1, not -0.001"),
         ({"lr": 3}, "lr must be at least 0 and below 1, not 3"),
-        ({"epochs": 0}, "epochs must be positive"),
+        ({"epochs": -1}, "epochs must be positive"),
         ({"lora_rank": 0}, "lora_rank must be at least 1"),
         ({"lora_alpha": 0}, "lora_alpha must be positive"),
         ({"lora_targets": "q_proj,qproj"}, "lora_targets: qproj; choose from q_proj"),
         ({"lora_dropout": 1.0}, "lora_dropout must be at least 0 and below 1"),
-        ({"batch_tokens": 0}, "batch_tokens must be at least 1"),
+        ({"batch_tokens": -1}, "batch_tokens must be positive"),
         ({"held_out_share": 1.0}, "held_out_share must be at least 0 and below 1"),
         ({"warmup": 2}, "warmup is a fraction"),
         ({"max_length": -1}, "max_length must not be negative"),
@@ -457,8 +457,9 @@ def test_long_chats_in_a_large_context_make_short_rows() -> None:
         report = preflight.Report("", "", 0, "", 131072)
         return sft.Prepared([Example([1] * n, [True] * n) for n in lengths], [], report, None)  # type: ignore[arg-type]
 
-    assert sft.row_length(of(50, 60), 512) == 512
-    assert sft.row_length(of(50, 60), 131072) == 1024
+    assert sft.row_length(of(50, 60), 512) == 256
+    assert sft.row_length(of(50, 60), 128) == 128
+    assert sft.row_length(of(50, 60), 131072) == 256
     assert sft.row_length(of(50, 3000), 131072) == 3000
 
 
@@ -563,3 +564,12 @@ def test_lora_and_full_agree_on_the_base(base: Path) -> None:
     """What the fixture's base is: a model that `load_model` opens with its tokenizer."""
     assert isinstance(load_model(base), Llama)
     assert tokenizer_of(base).vocab_size == tiny.tokenizer().vocab_size
+
+
+def test_what_is_derived_is_recorded(base: Path, tmp_path: Path) -> None:
+    data = tiny.write_chats(tmp_path / "shop.jsonl", 6)
+    assert tune(base, data, "--out", tmp_path / "x", dtype="float32") == 0
+    derived = open_artifact(tmp_path / "x").passport["step"]["derived"]
+    assert derived["epochs"] == "30" or derived["epochs"] == 30  # few chats: many passes, but not more than 30
+    assert derived["batch_tokens"] == 512
+    assert float(derived["lr"]) == pytest.approx(1.28 / load_config(base).hidden_size)

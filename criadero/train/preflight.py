@@ -123,7 +123,7 @@ def masked_example(tokenizer: Tokenizer, example: Example, limit: int = 120) -> 
 
 def show(
     report: Report, tokenizer: Tokenizer, example: Example, *, base: str, method: str, trained: int, total: int, steps: int,
-    tokens: int, memory: int, speed: float, why: str, lr: float,
+    tokens: int, epochs: float, batch_tokens: int, memory: int, speed: float, why: str, lr: float,
 ) -> None:  # fmt: skip
     """Print the pre-flight to standard error."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -153,7 +153,8 @@ def show(
         line("warning", "no held-out chats: the effect cannot be measured")
     line("example", "what is learned stands in «»:")
     console.print(Text("    ").append_text(masked_example(tokenizer, example)))
-    line("method", f"{method} on {base}: {trained:,} of {total:,} weights learn, lr {lr:g}, {steps} steps")
+    line("method", f"{method} on {base}: {trained:,} of {total:,} weights learn")
+    line("course", f"{epochs:g} passes in {steps} steps of about {batch_tokens:,} tokens, lr {lr:.2g}")
     line("computing", f"{why}; {torch.get_num_threads()} threads; about {memory / 2**30:.1f} GiB of memory")
     line("time", f"about {tokens / speed:,.0f} s at {speed:,.0f} tokens/s")
     sys.stderr.flush()

@@ -35,7 +35,10 @@ from criadero.train.preflight import Report, check, measure_speed, show
 from criadero.train.pretrain import check_memory, describe, estimate_bytes
 from criadero.train.progress import say
 
-ROW = 1024  # tokens; the block attention of criadero.train.loss is the fastest up to here
+ROW = 256  # tokens in a packed row, or as many as the longest chat: attention is quadratic in it
+# Peak learning rate times the hidden size: 4e-3 for LoRA at 320 was the best of a few (docs/log.md), 3e-4 at 4096 is customary;
+# 2e-5 for full tuning at 4096 is Llama 2's (section 3.1).
+LR = {"lora": 1.28, "full": 0.082}
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class SftRecipe:
     rslora: bool = field(default=False, metadata={"help": "scale by alpha / sqrt(rank)"})
     merged: bool = field(default=False, metadata={"help": "fold the adapter in and seal whole weights"})
     template: str | None = field(default=None, metadata={"help": "give a base without one this built-in chat template"})
-    epochs: float = field(default=3.0, metadata={"help": "passes over the chats"})
+    epochs: float = field(default=0.0, metadata={"help": "passes over the chats; 0: from 3 to 30, for about 100 steps"})
     max_length: int = field(default=0, metadata={"help": "longest example in tokens; 0: the model's context"})
     too_long: Literal["refuse", "drop", "truncate"] = field(
         default="refuse", metadata={"help": "examples longer than max_length: refuse the run, drop them, cut them"}
@@ -68,10 +71,12 @@ class SftRecipe:
     train_on: Literal["all", "last"] = field(
         default="all", metadata={"help": "learn every assistant turn, or the last"}
     )
-    batch_tokens: int = field(default=4096, metadata={"help": "tokens an optimizer step"})
+    batch_tokens: int = field(
+        default=0, metadata={"help": "tokens an optimizer step; 0: a twentieth of the data, from 512 to 4096"}
+    )
     micro_tokens: int = field(default=4096, metadata={"help": "tokens computed at once; bounds the memory"})
     optimizer: Literal["adamw", "muon"] = field(default="adamw", metadata={"help": "AdamW, or Muon in the blocks"})
-    lr: float = field(default=0.0, metadata={"help": "peak learning rate; 0: 1e-3 for lora, 2e-4 for full"})
+    lr: float = field(default=0.0, metadata={"help": "peak learning rate; 0: 1.28 (full: 0.082) / hidden_size"})
     schedule: Literal["cosine", "wsd", "constant"] = field(default="cosine", metadata={"help": "its course"})
     warmup: float = field(default=0.05, metadata={"help": "fraction of the steps"})
     weight_decay: float = field(default=0.0, metadata={"help": "on matrices"})
@@ -110,7 +115,6 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
     _check_recipe(recipe)
     words = read_words(recipe.card)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    lr = recipe.lr or (1e-3 if recipe.method == "lora" else 2e-4)
     kind = "adapter" if recipe.method == "lora" and not recipe.merged else "chat"
     _check_base(base_path, kind)
     with create(
@@ -139,12 +143,15 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
             parameters = list(model.named_parameters())
         pad = tokenizer.pad_id if tokenizer.pad_id is not None else 0
         length = row_length(prepared, context)
-        rows = max(1, min(recipe.micro_tokens, recipe.batch_tokens) // length)
+        lr = recipe.lr or LR[recipe.method] / config.hidden_size
+        batch_tokens = recipe.batch_tokens or min(max(prepared.report.tokens // 20, 512), 4096)
+        rows = max(1, min(recipe.micro_tokens, batch_tokens) // length)
         batches = ExampleBatches(
             prepared.train, row_length=length, rows=rows, pad=pad, seed=recipe.seed, dtype=dtype, device=device
         )
-        micro = max(1, min(round(recipe.batch_tokens / (rows * length)), batches.steps_per_epoch))
-        steps = max(1, math.ceil(recipe.epochs * batches.steps_per_epoch / micro))
+        micro = max(1, min(round(batch_tokens / (rows * length)), batches.steps_per_epoch))
+        epochs = recipe.epochs or min(max(math.ceil(100 * micro / batches.steps_per_epoch), 3), 30)
+        steps = max(1, math.ceil(epochs * batches.steps_per_epoch / micro))
         evaluation = example_batches(prepared.held_out, length, rows, pad, dtype, device)
         trained = sum(p.numel() for _, p in parameters)
         memory = estimate_bytes(config, rows * length, dtype)
@@ -154,8 +161,8 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
         speed = measure_speed(model, batches(0), next_token_loss)
         show(
             prepared.report, tokenizer, prepared.train[0], base=recipe.base, method=recipe.method, trained=trained,
-            total=config.parameters(), steps=steps, tokens=int(recipe.epochs * prepared.report.tokens),
-            memory=memory, speed=speed, why=why, lr=lr,
+            total=config.parameters(), steps=steps, tokens=int(epochs * prepared.report.tokens),
+            epochs=epochs, batch_tokens=batch_tokens, memory=memory, speed=speed, why=why, lr=lr,
         )  # fmt: skip
         before = held_out_loss(model, evaluation)
         if evaluation:
@@ -193,6 +200,7 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
                 "seconds": round(done["seconds"], 1),
                 "dtype": str(dtype).removeprefix("torch."),
                 "peak_memory_bytes": peak_memory_bytes(),
+                "derived": {"lr": lr, "epochs": epochs, "batch_tokens": batch_tokens},
             }
         )
         write_card(
@@ -229,15 +237,17 @@ def _write(
 
 
 def _check_recipe(recipe: SftRecipe) -> None:
-    if recipe.epochs <= 0:
-        raise UserError(f"epochs must be positive, not {recipe.epochs:g}")
+    if recipe.epochs < 0:
+        raise UserError(f"epochs must be positive, or 0 to derive them, not {recipe.epochs:g}")
     for name in ("lr", "held_out_share", "lora_dropout"):
         if not 0 <= getattr(recipe, name) < 1:
             raise UserError(f"{name} must be at least 0 and below 1, not {getattr(recipe, name):g}")
     for name in ("max_length", "weight_decay", "clip", "save_minutes"):
         if getattr(recipe, name) < 0:
             raise UserError(f"{name} must not be negative, but it is {getattr(recipe, name):g}")
-    for name in ("micro_tokens", "batch_tokens", "lora_rank"):
+    if recipe.batch_tokens < 0:
+        raise UserError(f"batch_tokens must be positive, or 0 to derive it, not {recipe.batch_tokens}")
+    for name in ("micro_tokens", "lora_rank"):
         if getattr(recipe, name) < 1:
             raise UserError(f"{name} must be at least 1, not {getattr(recipe, name)}")
     if not 0 <= recipe.warmup <= 1:
