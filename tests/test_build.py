@@ -137,6 +137,15 @@ def test_held_out_depends_only_on_the_document(root: Path, tmp_path: Path) -> No
     assert none == {id for id in all_held if id[:2] in ("en", "es")}
 
 
+def test_too_few_to_hold_one_out_make_no_such_split(root: Path, tmp_path: Path) -> None:
+    (root / "few.jsonl").write_text('{"prompt": "Hi?", "completion": "Hello."}\n')
+    few = DataRecipe(source=(Source("few", "few.jsonl", "CC0-1.0", kind="chat", trusted=True),), root=str(root))
+    made = build_data(few, tmp_path / "few")
+    assert [path.name for path in made.path.glob("*.zst")] == ["train-00000.jsonl.zst"]
+    assert len(list(read_dataset(made.path, "train"))) == 1
+    assert list(read_dataset(made.path, "held_out")) == []
+
+
 def test_byte_caps_and_turn_caps(root: Path, tmp_path: Path) -> None:
     source = Source("english", "en.jsonl", "CC0-1.0", lang="en", max_bytes=5000)
     artifact = build_data(recipe(root, source=(source,)), tmp_path / "out")

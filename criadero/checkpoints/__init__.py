@@ -46,7 +46,7 @@ def load_model(ref: Ref, *, dtype: torch.dtype | None = None, device: str | torc
 
     An adapter is merged into its base. ``dtype`` default: as stored (float32 for quantised GGUF). In evaluation mode.
     """
-    path = resolve(ref)
+    path = _place(ref)
     if path.is_dir() and (path / ADAPTER).is_file():
         from criadero.lora import load_adapter, merge
 
@@ -62,7 +62,7 @@ def load_model(ref: Ref, *, dtype: torch.dtype | None = None, device: str | torc
 
 def load_config(ref: Ref) -> ModelConfig:
     """The configuration of what `load_model` would load; weights are read only where it cannot be known without them."""
-    path = resolve(ref)
+    path = _place(ref)
     if path.is_dir() and (path / ADAPTER).is_file():
         return _with_ends(load_config(adapter_base(path)), path)
     if path.is_file():
@@ -74,20 +74,21 @@ def load_config(ref: Ref) -> ModelConfig:
 
 def tokenizer_of(ref: Ref) -> Tokenizer:
     """The tokenizer that travels with a model: of a folder, in a ``.gguf`` file, or an adapter's base's."""
-    path = resolve(ref)
+    path = _place(ref)
     if path.is_file():
         found = read_gguf_tokenizer(_gguf(path))
         if found is None:
             raise UserError(f"{path}: this GGUF file has no tokenizer that can be read: use the model's folder")
         return found
-    if (path / ADAPTER).is_file() and not any((path / n).is_file() for n in ("tokenizer.json", "tokenizer.model")):
+    own = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    if (path / ADAPTER).is_file() and not own:
         return tokenizer_of(adapter_base(path))
-    return load_tokenizer(path if is_meta_folder(path) else _model_folder(path))
+    return load_tokenizer(path if own or is_meta_folder(path) else _model_folder(path))
 
 
 def template_of(ref: Ref) -> Template:
     """The chat template that travels with a model: of a folder, in a ``.gguf`` file, or an adapter's base's."""
-    path = resolve(ref)
+    path = _place(ref)
     if path.is_file():
         source = read_gguf_template(_gguf(path))
         if source is None:
@@ -99,6 +100,17 @@ def template_of(ref: Ref) -> Template:
         except UserError:
             return template_of(adapter_base(path))
     return load_template(path)
+
+
+def _place(ref: Ref) -> Path:
+    """The folder or file of a model; of a folder that holds nothing but one GGUF file (as `export` makes), that file."""
+    path = resolve(ref)
+    if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "params.json", ADAPTER)):
+        files = sorted(path.glob("*.gguf"))
+        if len(files) > 1:
+            raise UserError(f"{path} holds {len(files)} GGUF files: name one of them, such as {files[0]}")
+        return files[0] if files else path
+    return path
 
 
 def _with_ends(config: ModelConfig, adapter: Path) -> ModelConfig:

@@ -124,6 +124,8 @@ def build_data(recipe: DataRecipe, out: str | Path, *, overwrite: bool = False, 
             raise UserError(
                 f"source {empty[0]}: no document is left (removed: {reasons or 'none read'}); loosen its filters or drop it"
             )
+        if not any(row["held_out"]["documents"] for row in rows):
+            (draft.path / "held_out-00000.jsonl.zst").unlink()  # too few to hold one out: there is no such split
         (draft.path / "sources.json").write_text(
             json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
         )
@@ -433,10 +435,12 @@ class JsonlWriter:
 
 
 def read_dataset(folder: str | Path, split: str) -> Iterator[Document]:
-    """The documents of a ``dataset`` artifact's split (``train`` or ``held_out``), in order."""
+    """The documents of a ``dataset`` artifact's split (``train`` or ``held_out``), in order; a small one has no ``held_out``."""
     from criadero.data.documents import read_rows
 
     files = sorted(Path(folder).glob(f"{split}-*.jsonl.zst"))
+    if not files and split == "held_out" and any(Path(folder).glob("train-*.jsonl.zst")):
+        return
     if not files:
         others = sorted(p.name for p in Path(folder).glob("*"))
         raise UserError(f"{folder}: no {split}-*.jsonl.zst in it: not a dataset ({nearest(split, others, 'it holds')})")
