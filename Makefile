@@ -1,14 +1,15 @@
 # What is made: .venv (demo), the tests' tools in it (test), .compat (an older transformers, for one test).
 # `make` alone lists the targets. PYTHON=/path/to/python chooses the interpreter for .venv.
-.PHONY: help demo test test-all lint docs bench compat constraints clean
+.PHONY: help demo test test-all lint docs bench compat constraints cria clean
 
 help:
 	@echo "make demo     install into .venv, then customise the bundled model and talk to it"
 	@echo "make test     the fast tests (make test-all: the slow ones too)"
 	@echo "make lint     ruff and mypy"
 	@echo "make docs     write docs/reference from the code, and run the examples in the documents"
-	@echo "make bench    seconds and memory of each step of the demo"
+	@echo "make bench    seconds and memory of each step of the demo; a training step beside transformers"
 	@echo "make compat   check what is written against an older transformers"
+	@echo "make cria     raise the bundled models again from their sources (hours; goes on where it was cut off)"
 	@echo "make clean    remove .venv, .compat and caches (never a model)"
 
 demo: .venv/installed
@@ -29,14 +30,24 @@ docs: .venv/installed-dev
 	@.venv/bin/python docs/generate.py
 	@.venv/bin/python -m pytest tests/test_docs.py -m "slow or not slow"
 
-bench: .venv/installed
+bench: .venv/installed-dev
 	@.venv/bin/python benchmarks/demo.py
+	@.venv/bin/python benchmarks/train_step.py
 
 compat: .venv/installed-dev .compat/installed
 	@.venv/bin/python -m pytest tests/test_checkpoints_hf.py
 
 constraints: .venv/installed-dev
 	@.venv/bin/python tools/constraints.py
+
+cria: .venv/installed
+	@.venv/bin/criadero run recipes/cria
+	@rm -rf criadero/bundled/cria criadero/bundled/cria-chat
+	@mkdir -p criadero/bundled
+	@cp -R out/cria/04-pretrain criadero/bundled/cria
+	@cp -R out/cria/05-chat criadero/bundled/cria-chat
+	@.venv/bin/criadero passport verify cria
+	@.venv/bin/criadero passport verify cria-chat
 
 clean:
 	@rm -rf .venv .compat .compat.partial build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
