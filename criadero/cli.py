@@ -117,11 +117,14 @@ def _print_fields(stage: str) -> None:
     for column in ("flag", "default", "what"):
         table.add_column(column, overflow="fold", no_wrap=column == "flag")
     for name, (field, hint) in recipe_fields(cls).items():
-        default = (
-            "(must be given)" if required(field) else "" if field.default is dataclasses.MISSING else field.default
-        )
+        default = "(must be given)" if required(field) else field.default
         about = field.metadata.get("help", "") or type_name(hint)
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        if default is dataclasses.MISSING or default is None:
+            shown = ""
+        elif isinstance(default, tuple):
+            shown = ", ".join(map(str, default))
+        else:
+            shown = str(default).lower() if isinstance(default, bool) else str(default)
         table.add_row(f"--{name}", shown, about)
     Console(markup=False, highlight=False).print(table)
 
@@ -159,28 +162,23 @@ def _make(
         print(f"talk to it: criadero chat {made.path}")
 
 
-@app.command(cls=_recipe_command("sft", "BASE DATA"), context_settings=_FIELDS)
-def tune(
-    args: Words = None,
-    out: Out = None,
-    recipe: Recipe = None,
-    overwrite: Overwrite = False,
-    resume: Resume = True,
-) -> None:
-    """Customise a model with examples of your own."""
-    _make("sft", ("base", "data"), args, out, recipe, overwrite, resume)
+def _add_stage(verbs: typer.Typer, name: str, stage: str, positional: tuple[str, ...], about: str) -> None:
+    """The command that runs one stage: every one takes the same options, and its recipe's fields."""
+    cls = _recipe_command(stage, " ".join(positional).upper())
+
+    @verbs.command(name, cls=cls, context_settings=_FIELDS, help=about)
+    def command(
+        args: Words = None,
+        out: Out = None,
+        recipe: Recipe = None,
+        overwrite: Overwrite = False,
+        resume: Resume = True,
+    ) -> None:
+        _make(stage, positional, args, out, recipe, overwrite, resume)
 
 
-@app.command(cls=_recipe_command("pretrain", "DATA"), context_settings=_FIELDS)
-def pretrain(
-    args: Words = None,
-    out: Out = None,
-    recipe: Recipe = None,
-    overwrite: Overwrite = False,
-    resume: Resume = True,
-) -> None:
-    """Train a base model on tokens, from random weights."""
-    _make("pretrain", ("data",), args, out, recipe, overwrite, resume)
+_add_stage(app, "tune", "sft", ("base", "data"), "Customise a model with examples of your own.")
+_add_stage(app, "pretrain", "pretrain", ("data",), "Train a base model on tokens, from random weights.")
 
 
 @app.command()
@@ -206,7 +204,7 @@ def data_show(
     path: Annotated[
         str, typer.Argument(metavar="PATH", help="a file or folder of examples or documents, or a dataset artifact")
     ],
-    limit: Annotated[int, typer.Option(help="how many examples to print")] = 3,
+    limit: Annotated[int, typer.Option(help="how many examples to print", min=0)] = 3,
 ) -> None:
     """Say what shape the data has, how much there is, and print some of it."""
     from criadero.data.show import show as show_data
@@ -214,40 +212,12 @@ def data_show(
     print(show_data(path, limit=limit))
 
 
-@data_app.command("build", cls=_recipe_command("data"), context_settings=_FIELDS)
-def data_build(
-    args: Words = None,
-    out: Out = None,
-    recipe: Recipe = None,
-    overwrite: Overwrite = False,
-    resume: Resume = True,
-) -> None:
-    """Sources to a dataset: cleaned, deduplicated, with a held-out part and a table by source."""
-    _make("data", (), args, out, recipe, overwrite, resume)
-
-
-@data_app.command("tokenizer", cls=_recipe_command("tokenizer", "DATA"), context_settings=_FIELDS)
-def data_tokenizer(
-    args: Words = None,
-    out: Out = None,
-    recipe: Recipe = None,
-    overwrite: Overwrite = False,
-    resume: Resume = True,
-) -> None:
-    """Train a byte-level BPE tokenizer on a dataset."""
-    _make("tokenizer", ("data",), args, out, recipe, overwrite, resume)
-
-
-@data_app.command("pack", cls=_recipe_command("tokens", "DATA"), context_settings=_FIELDS)
-def data_pack(
-    args: Words = None,
-    out: Out = None,
-    recipe: Recipe = None,
-    overwrite: Overwrite = False,
-    resume: Resume = True,
-) -> None:
-    """A dataset to token shards, ready for pretraining."""
-    _make("tokens", ("data",), args, out, recipe, overwrite, resume)
+_add_stage(
+    data_app, "build", "data", (),
+    "Sources to a dataset: cleaned, deduplicated, with a held-out part and a table by source.",
+)  # fmt: skip
+_add_stage(data_app, "tokenizer", "tokenizer", ("data",), "Train a byte-level BPE tokenizer on a dataset.")
+_add_stage(data_app, "pack", "tokens", ("data",), "A dataset to token shards, ready for pretraining.")
 
 
 # -- recipes and artifacts --------------------------------------------------------------------------------------------

@@ -153,6 +153,7 @@ CASES: dict[str, tuple[Callable[[], object], str, str]] = {
     "a seed no generator takes": (nothing, TUNE + " --seed -1", "seed must be between 0 and 4294967295, not -1"),
     "a vocabulary too small": (nothing, "data tokenizer docs --vocab_size 100 --out new", "vocab_size 100: at least"),
     "a vocabulary too large": (nothing, "data tokenizer docs --vocab_size 99999 --out new", "the texts give only"),
+    "a number below the least": (nothing, "data show chats.jsonl --limit -1", "Invalid value for '--limit'"),
     # examples longer than the context
     "too long": (lambda: write("l.jsonl", json.dumps({"prompt": "word " * 300, "completion": "b"})),
                  "tune base l.jsonl --out new --held_out_share 0", "longer than 128 tokens"),

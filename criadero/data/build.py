@@ -442,7 +442,7 @@ def read_dataset(folder: str | Path, split: str) -> Iterator[Document]:
     if not files and split == "held_out" and any(Path(folder).glob("train-*.jsonl.zst")):
         return
     if not files:
-        others = sorted(p.name for p in Path(folder).glob("*"))
+        others = sorted(p.name for p in Path(folder).glob("*"))[:5]
         raise UserError(f"{folder}: no {split}-*.jsonl.zst in it: not a dataset ({nearest(split, others, 'it holds')})")
     for file in files:
         for where, row in read_rows(file):
