@@ -44,7 +44,7 @@ def test_a_dataset_of_both(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text(json.dumps([chat]))
     text = show(tmp_path)
     assert f"{tmp_path / 'a.jsonl'}: 1 document, 3 characters, 2 chats\n" in text
-    assert f"{tmp_path / 'b.json'}: 1 chat, 2 turns, 1 assistant turn, 0 with a system message\n" in text
+    assert f"{tmp_path / 'b.json'}: 1 chat, 2 turns, 1 assistant turn, 0 with system\n" in text
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def _chats(file: Path, limit: int) -> str:
     names = {"chats": "chat", "turns": "turn", "assistant_turns": "assistant turn"}
     counts = [_count(found.counts[key], noun) for key, noun in names.items()]
     lines = [
-        f"{file}: {', '.join(counts)}, {found.counts['with_system']:,} with a system message",
+        f"{file}: {', '.join(counts)}, {found.counts['with_system']:,} with system",
         found.shape.sentence,
         *_complaints(found.bad),
     ]
