@@ -136,4 +136,5 @@ def read_words(path: str | None) -> str | None:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"card: {path} cannot be read ({error})") from None
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise UserError(f"card: {path} cannot be read: {reason}") from None

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from criadero.errors import UserError
-from criadero.model import Llama
+from criadero.model import Llama, ModelConfig
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."  # PEFT's
@@ -65,6 +65,17 @@ def check_targets(targets: tuple[str, ...]) -> None:
     wrong = sorted(set(targets) - set(ALL_LINEAR))
     if wrong or not targets:
         raise UserError(f"lora_targets: {', '.join(wrong) or 'none given'}; choose from {', '.join(ALL_LINEAR)}")
+
+
+def check_rank(rank: int, targets: tuple[str, ...], config: ModelConfig) -> None:
+    """UserError when ``rank`` is above the smallest dimension of a layer in ``targets``: no matrix there has a higher one."""
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    out = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": queries}  # o_proj's is its input
+    smallest = min(min(config.hidden_size, out.get(target, config.intermediate_size)) for target in targets)
+    if rank > smallest:
+        raise UserError(
+            f"lora_rank is {rank}, but the smallest layer that gets an adapter is {smallest} wide; give at most {smallest}"
+        )
 
 
 def _linears(model: Llama, targets: tuple[str, ...]) -> list[tuple[str, nn.Module, str]]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
@@ -23,6 +24,9 @@ HELP = """  /reset          forget the conversation
   /temperature N  0 is always the likeliest word; 0.8 is livelier
   /help           this list
   /exit           leave (or Ctrl-D; Ctrl-C stops an answer)"""
+
+HOTTEST = 2  # a higher temperature makes noise of any model
+NAME = 12  # characters of a model's name before its answers
 
 
 def fit(llm: LLM, messages: list[Message], answer_tokens: int) -> tuple[list[Message], int]:
@@ -64,18 +68,21 @@ def chat(
     seed: int | None = None, lines: Iterable[str] | None = None, out: TextIO | None = None,
 ) -> None:  # fmt: skip
     """Talk to a model until the input ends. ``lines`` replaces the keyboard (for tests and transcripts)."""
+    if not 0 <= temperature <= HOTTEST:
+        raise UserError(f"temperature must lie between 0 and {HOTTEST}, not {temperature:g}")
     SamplingParams(temperature=temperature, max_tokens=max_tokens)  # refuses what cannot be, before loading
     llm = LLM(ref)
     llm.template  # noqa: B018  a model without a template says so before the first question
     out = out or sys.stdout
     console = Console(file=out, highlight=False, soft_wrap=True)
     live = lines is None and sys.stdin.isatty() and console.is_terminal
+    asks, answers = prompts(_name(llm)) if live else ("", "model: ")
     if live:
         console.print(_greeting(llm))
         console.print(Text("Type a message; /help for commands, /exit to leave.\n", style="dim"))
     opening: list[Message] = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
-    for line in _turns(lines, live, console):
+    for line in _turns(lines, asks, console):
         text = line.strip()
         if not text:
             continue
@@ -98,7 +105,7 @@ def chat(
             )
         if not live:
             print(f"you:   {text}", file=out)
-        console.print(Text("cria>  " if live else "model: ", style="bold green"), end="")
+        console.print(Text(answers, style="bold green"), end="")
         messages.append({"role": "assistant", "content": _answer(llm, visible, console, max_tokens, temperature, seed)})
 
 
@@ -119,6 +126,24 @@ def _answer(
     return "".join(pieces)
 
 
+def prompts(name: str) -> tuple[str, str]:
+    """What stands before a question and before an answer of the model ``name``, of one width: ``you>   ``, ``cria>  ``.
+
+    At most `NAME` characters of it; what a terminal would not print (a downloaded name may hold control codes) is left out.
+    """
+    name = "".join(letter for letter in name if letter.isprintable()).strip()[:NAME].strip() or "model"
+    width = max(cell_len("you"), cell_len(name))
+    return "you>" + " " * (width - 1), f"{name}>" + " " * (width - cell_len(name) + 2)
+
+
+def _name(llm: LLM) -> str:
+    """The artifact's name, or the folder's or file's."""
+    if (llm.path / "passport.json").is_file():
+        return open_artifact(llm.path).name
+    path = llm.path.resolve()
+    return path.stem if path.is_file() else path.name
+
+
 def _greeting(llm: LLM) -> Text:
     text = Text()
     if (llm.path / "passport.json").is_file():
@@ -132,19 +157,19 @@ def _greeting(llm: LLM) -> Text:
     )
 
 
-def _turns(lines: Iterable[str] | None, live: bool, console: Console) -> Iterator[str]:
+def _turns(lines: Iterable[str] | None, prompt: str, console: Console) -> Iterator[str]:
     if lines is not None:
         yield from lines
         return
-    if live:
+    if prompt:
         import readline  # noqa: F401  line editing and history for input()
     while True:
         try:
-            yield input("you>   " if live else "")
+            yield input(prompt)
         except UnicodeDecodeError as error:
             raise UserError(f"the input is not UTF-8 ({error.reason}); convert it first") from None
         except EOFError:
-            if live:
+            if prompt:
                 console.print()
             return
         except KeyboardInterrupt:
@@ -173,10 +198,10 @@ def command(
     if name == "/temperature":
         try:
             value = float(rest)
-            if not 0 <= value <= 2:
+            if not 0 <= value <= HOTTEST:
                 raise ValueError
         except ValueError:
-            return messages, opening, temperature, f"temperature is {temperature:g}; give a number from 0 to 2"
+            return messages, opening, temperature, f"temperature is {temperature:g}; give a number from 0 to {HOTTEST}"
         return messages, opening, value, f"temperature is {value:g}"
     if name == "/help":
         return messages, opening, temperature, HELP

@@ -179,7 +179,7 @@ def test_it_stops_where_the_context_ends() -> None:
         ({"top_k": -1}, "top_k must lie between"),
         ({"top_p": 0.0}, "top_p must be above 0"),
         ({"top_p": 1.1}, "top_p must lie between 0 and 1"),
-        ({"max_tokens": 0}, "max_tokens must lie between 1"),
+        ({"max_tokens": 0}, "max_tokens must lie between 1 and 2,147,483,648, not 0"),
         ({"repetition_penalty": 0}, "repetition_penalty must lie between"),
     ],
 )

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import zstandard
 
 from criadero import cli
 from criadero.artifact import create, open_artifact, verify
@@ -220,6 +221,38 @@ def test_an_adapter_can_be_exported_and_still_knows_where_to_stop(tuned: tuple[P
         assert tiny.tokenizer().special["<|end|>"] in load_config(place).eos_ids
 
 
+def dataset(folder: Path, licence: str | None = None, rows: bool = True) -> Path:
+    """A ``dataset`` artifact of chats from two sources."""
+    plain = tiny.write_chats(folder.parent / "plain.jsonl", 12)
+    with create(folder, kind="dataset", config={"stage": "data"}, licence=licence) as draft:
+        with zstandard.open(draft.path / "train-00000.jsonl.zst", "wt", encoding="utf-8") as file:
+            file.write(plain.read_text(encoding="utf-8"))
+        if rows:
+            draft.data["by_source"] = [
+                {"name": "shop", "licence": "CC0-1.0", "documents_out": 8},
+                {"name": "tienda", "licence": "CC-BY-4.0", "documents_out": 4},
+            ]
+    return folder
+
+
+def test_a_dataset_keeps_its_own_sources_and_licences(base: Path, tmp_path: Path) -> None:
+    data = dataset(tmp_path / "data")
+
+    def made(name: str, source: Path, **settings: Any) -> tuple[list[tuple[str, str]], str]:
+        assert tune(base, source, "--out", tmp_path / name, epochs=0.1, **settings) == 0
+        artifact = open_artifact(tmp_path / name)
+        trained_on = next(row for row in artifact.inputs if row["relation"] == "trained_on")
+        return [(r["name"], r["licence"]) for r in artifact.passport["data"]["by_source"]], trained_on["licence"]
+
+    assert made("a", data) == ([("shop", "CC0-1.0"), ("tienda", "CC-BY-4.0")], "CC-BY-4.0 / CC0-1.0")
+    assert "| tienda | CC-BY-4.0 | 4 |" in (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
+    assert made("b", data, licence="MIT") == ([("data", "MIT")], "MIT")  # the user's word stands
+    bare = dataset(tmp_path / "bare", licence="CC-BY-SA-4.0", rows=False)
+    assert made("c", bare) == ([("bare", "CC-BY-SA-4.0")], "CC-BY-SA-4.0")
+    unknown = dataset(tmp_path / "none", rows=False)
+    assert made("d", unknown) == ([("none", "unknown")], "unknown")
+
+
 # --- refusals: one line, exit code 2, nothing left ---
 
 
@@ -230,7 +263,14 @@ def test_an_adapter_can_be_exported_and_still_knows_where_to_stop(tuned: tuple[P
         ({"lr": 3}, "lr must be at least 0 and below 1, not 3"),
         ({"epochs": -1}, "epochs must be positive"),
         ({"lora_rank": 0}, "lora_rank must be at least 1"),
+        (
+            {"lora_rank": 99999999999},
+            "lora_rank is 99999999999, but the smallest layer that gets an adapter is 16 wide; give at most 16",
+        ),
+        ({"lora_rank": 33, "lora_targets": "q_proj,down_proj"}, "adapter is 32 wide"),
         ({"lora_alpha": 0}, "lora_alpha must be positive"),
+        ({"lora_alpha": -1}, "lora_alpha must be positive and at most 10000, not -1"),
+        ({"lora_alpha": 1e300}, "lora_alpha must be positive and at most 10000, not 1e+300"),
         ({"lora_targets": "q_proj,qproj"}, "lora_targets: qproj; choose from q_proj"),
         ({"lora_dropout": 1.0}, "lora_dropout must be at least 0 and below 1"),
         ({"batch_tokens": -1}, "batch_tokens must be positive"),
@@ -294,6 +334,23 @@ def test_a_place_that_is_taken(base: Path, tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "thesis.txt").write_text("mine")
     assert "x exists" in refusal(capsys, tmp_path / "x", base, data)
+
+
+def test_one_of_a_thing_is_said_as_one(tmp_path: Path) -> None:
+    assert [preflight.counted(n, "pass", "passes") for n in (0, 0.5, 1.0, 1, 2, 1200)] == [
+        "0 passes", "0.5 passes", "1 pass", "1 pass", "2 passes", "1,200 passes",
+    ]  # fmt: skip
+    for counts, message in (
+        ({"refused_for_length": True, "too_long": 1}, "1 chat is longer than 8 tokens"),
+        ({"refused_for_length": True, "too_long": 2}, "2 chats are longer than 8 tokens"),
+        ({"unsupervised": 1}, r"\(1 of 1 chat\)"),
+        ({"dropped": 1}, "the only one is longer than 8 tokens and was dropped"),
+        ({"dropped": 2}, "all 2 are longer than 8 tokens and were dropped"),
+        ({"held_out": 1}, "the only chat was kept apart"),
+        ({"held_out": 2}, "all 2 chats were kept apart"),
+    ):
+        with pytest.raises(UserError, match=message):
+            preflight.check(preflight.Report("a.jsonl", "", 0, "", 8, **counts))
 
 
 def test_a_chat_the_template_refuses_is_named(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -161,6 +161,37 @@ def test_the_opening_is_not_changed_by_the_chat_that_follows() -> None:
     assert opening == [system]
 
 
+# --- at the keyboard ---
+
+
+def test_prompts_are_of_one_width() -> None:
+    assert terminal.prompts("cria") == ("you>   ", "cria>  ")
+    assert terminal.prompts("tienda") == ("you>     ", "tienda>  ")
+    assert terminal.prompts("me") == ("you>  ", "me>   ")
+    assert terminal.prompts("my-very-long-name") == ("you>           ", "my-very-long>  ")
+    assert terminal.prompts("小店") == ("you>   ", "小店>  ")  # letters of two columns
+    assert terminal.prompts("a\x1b[2J\nb")[1] == "a[2Jb>  "
+    assert terminal.prompts("\n")[1] == "model>  "
+
+
+def test_the_prompt_names_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    typed, asked = iter(["Can I pay by card?", "/exit"]), []
+    monkeypatch.setattr("builtins.input", lambda prompt: asked.append(prompt) or next(typed))
+    monkeypatch.setattr(sys, "stdin", Screen())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(LLM, "chat", lambda self, messages, **settings: iter(["Yes."]))
+    out = Screen()
+    terminal.chat(".", out=out)
+    assert asked == ["you>   "] * 2
+    assert "base>  " in out.getvalue()
+    assert "cria>" not in out.getvalue()
+
+
 # --- from the command line ---
 
 
@@ -190,6 +221,8 @@ def test_what_cannot_be_is_said_before_the_first_question(
     plain = tiny.base(tmp_path / "plain", template=None)
     assert "has no chat template: it is a base model" in refused(capsys, plain)
     assert "temperature must lie between" in refused(capsys, folder, "--temperature=-1")
+    assert "temperature must lie between 0 and 2, not 5" in refused(capsys, folder, "--temperature", 5)
+    assert "temperature must lie between 0 and 2, not nan" in refused(capsys, folder, "--temperature", "nan")
     assert "max_tokens must lie between" in refused(capsys, folder, "--max-tokens", 0)
     assert "no such" in refused(capsys, tmp_path / "nowhere")
 

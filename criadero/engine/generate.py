@@ -33,11 +33,11 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("temperature", 0.0, 100.0), ("top_k", 0, 2**31), ("top_p", 0.0, 1.0), ("max_tokens", 1, 2**31),
-            ("repetition_penalty", 0.01, 100.0),
+            ("temperature", 0, 100), ("top_k", 0, 2**31), ("top_p", 0, 1), ("max_tokens", 1, 2**31),
+            ("repetition_penalty", 0.01, 100),
         ):  # fmt: skip
             if not low <= getattr(self, name) <= high:
-                raise UserError(f"{name} must lie between {low:g} and {high:g}, not {getattr(self, name)!r}")
+                raise UserError(f"{name} must lie between {low} and {high:,}, not {getattr(self, name)!r}")
         if self.top_p == 0.0:
             raise UserError("top_p must be above 0; use temperature 0 for the likeliest token")
 

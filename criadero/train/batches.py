@@ -133,8 +133,11 @@ class TokenFile:
             path = folder / f"{split}.bin"
             ids = np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
         except (OSError, KeyError, ValueError, TypeError) as error:
+            reason = str(error)
+            if isinstance(error, OSError) and error.strerror:
+                reason = f"{Path(error.filename).name}: {error.strerror}" if error.filename else error.strerror
             raise UserError(
-                f"{folder}: not a readable tokens artifact ({error}); make one with `criadero data pack`"
+                f"{folder}: not a readable tokens artifact ({reason}); make one with `criadero data pack`"
             ) from None
         if docs.ndim != 2 or docs.shape[1] != 3 or (len(docs) and int(docs[:, 1].max()) > len(ids)):
             raise UserError(

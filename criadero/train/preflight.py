@@ -52,8 +52,8 @@ class Report:
         self.held_out_supervised = sum(sum(e.loss_mask[1:]) for e in held_out)
         self.longest = max([self.longest, *(len(e.ids) for e in train)])
 
-    def table(self, data: Path, licence: str) -> dict[str, Any]:
-        """The passport's ``data`` table."""
+    def table(self, data: Path, licence: str, sources: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+        """The passport's ``data`` table; ``sources`` are the rows that the data's own passport gives."""
         counts = {k: v for k, v in vars(self).items() if isinstance(v, int) and not isinstance(v, bool)}
         row = {"name": data.name, "licence": licence, "documents": self.chats, "tokens": self.tokens}
         return {
@@ -61,31 +61,41 @@ class Report:
             "tokens": self.tokens,
             "shape": self.shape,
             "counts": counts,
-            "by_source": [row],
+            "by_source": list(sources) or [row],
         }
+
+
+def counted(n: float, noun: str, plural: str = "") -> str:
+    """``1 chat``, ``2 chats``, ``0.5 passes``."""
+    number = f"{n:,}" if isinstance(n, int) else f"{n:g}"
+    return f"{number} {noun if n == 1 else plural or noun + 's'}"
 
 
 def check(report: Report) -> None:
     """Refuse what cannot teach anything."""
     if report.refused_for_length:
         raise UserError(
-            f"{report.data}: {report.too_long} chats are longer than {report.context} tokens (the longest has "
+            f"{report.data}: {counted(report.too_long, 'chat')} {'is' if report.too_long == 1 else 'are'} longer than "
+            f"{report.context} tokens (the longest has "
             f"{report.longest}); choose --too_long drop or --too_long truncate, or a base with a longer context"
         )
     if report.chats == 0 and report.unsupervised:
         cut = f" after cutting them to {report.context} tokens" if report.truncated_tokens else ""
         raise UserError(
             f"{report.data}: no chat has an assistant's token to learn{cut} ({report.unsupervised} of "
-            f"{report.unsupervised + report.dropped} chats), so nothing would be learned; check the roles, the template and max_length"
+            f"{counted(report.unsupervised + report.dropped, 'chat')}), so nothing would be "
+            "learned; check the roles, the template and max_length"
         )
     if report.chats == 0 and report.dropped:
+        all_of = "the only one is" if report.dropped == 1 else f"all {report.dropped:,} are"
         raise UserError(
-            f"{report.data}: no chat is left to learn from: all {report.dropped} are longer than {report.context} tokens "
-            "and were dropped; raise max_length, or choose --too_long truncate"
+            f"{report.data}: no chat is left to learn from: {all_of} longer than {report.context} tokens "
+            f"and {'was' if report.dropped == 1 else 'were'} dropped; raise max_length, or choose --too_long truncate"
         )
     if report.chats == 0:
+        all_of = "the only chat was" if report.held_out == 1 else f"all {report.held_out:,} chats were"
         raise UserError(
-            f"{report.data}: all {report.held_out} chats were kept apart to measure on, none is left to learn from; give more "
+            f"{report.data}: {all_of} kept apart to measure on, none is left to learn from; give more "
             "chats, or held_out_share 0"
         )
 
@@ -133,7 +143,7 @@ def show(
 
     console.print(Text("pre-flight", style="bold"))
     line("data", f"{report.data}: {report.shape}")
-    skipped = f", {report.bad} bad lines skipped" if report.bad else ""
+    skipped = f", {counted(report.bad, 'bad line')} skipped" if report.bad else ""
     line("chats", f"{report.chats:,} to learn, {report.held_out:,} held out ({report.held_out_from}){skipped}")
     share = report.supervised / report.tokens
     line(
@@ -141,20 +151,27 @@ def show(
         f"{report.tokens:,} a pass, {report.supervised:,} supervised ({share:.0%}); longest chat {report.longest} of {report.context}",
     )
     if report.unsupervised:
-        line("left out", f"{report.unsupervised} chats in which no assistant's token is left to learn")
+        line("left out", f"{counted(report.unsupervised, 'chat')} in which no assistant's token is left to learn")
     if report.too_long:
-        line("too long", f"{report.too_long} chats: {report.dropped} dropped, {report.truncated_tokens:,} tokens cut")
+        line(
+            "too long",
+            f"{counted(report.too_long, 'chat')}: {report.dropped:,} dropped, {counted(report.truncated_tokens, 'token')} cut",
+        )
     if report.duplicates or report.contaminated:
         line(
             "warning",
-            f"{report.duplicates} duplicate chats; {report.contaminated} held-out chats are also in the training part",
+            f"{counted(report.duplicates, 'duplicate chat')}; {counted(report.contaminated, 'held-out chat')} "
+            f"{'is' if report.contaminated == 1 else 'are'} also in the training part",
         )
     if report.held_out_supervised == 0:
         line("warning", "no held-out chats: the effect cannot be measured")
     line("example", "what is learned stands in «»:")
     console.print(Text("    ").append_text(masked_example(tokenizer, example)))
     line("method", f"{method} on {base}: {trained:,} of {total:,} weights learn")
-    line("course", f"{epochs:g} passes in {steps} steps of about {batch_tokens:,} tokens, lr {lr:.2g}")
-    line("computing", f"{why}; {torch.get_num_threads()} threads; about {memory / 2**30:.1f} GiB of memory")
+    line(
+        "course",
+        f"{counted(epochs, 'pass', 'passes')} in {counted(steps, 'step')} of about {batch_tokens:,} tokens, lr {lr:.2g}",
+    )
+    line("computing", f"{why}; {counted(torch.get_num_threads(), 'thread')}; about {memory / 2**30:.1f} GiB of memory")
     line("time", f"about {tokens / speed:,.0f} s at {speed:,.0f} tokens/s")
     sys.stderr.flush()

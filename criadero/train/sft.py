@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -39,6 +39,7 @@ ROW = 256  # tokens in a packed row, or as many as the longest chat: attention i
 # Peak learning rate times the hidden size: 4e-3 for LoRA at 320 was the best of a few (docs/log.md), 3e-4 at 4096 is customary;
 # 2e-5 for full tuning at 4096 is Llama 2's (section 3.1).
 LR = {"lora": 1.28, "full": 0.082}
+MAX_ALPHA = 1e4  # hundreds of times what is customary; far above it the products overflow
 
 
 @dataclass(frozen=True)
@@ -117,18 +118,21 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = "adapter" if recipe.method == "lora" and not recipe.merged else "chat"
     _check_base(base_path, kind)
+    sources, licence = _sources(recipe, data_path)
     with create(
         out, kind=kind, name=recipe.model_name or None, licence=recipe.model_licence or None,
         config={"stage": "sft", **dataclasses.asdict(recipe)}, seeds={"seed": recipe.seed},
         overwrite=overwrite, resume=resume,
     ) as draft:  # fmt: skip
         tokenizer, template, config = tokenizer_of(base_path), _template(recipe, base_path), load_config(base_path)
+        if recipe.method == "lora":
+            lora.check_rank(recipe.lora_rank, recipe.lora_targets, config)
         context = _context(recipe, config)
         prepared = prepare(recipe, data_path, tokenizer, template, context)
         check(prepared.report)
         _check_ids(prepared, config, recipe.base)
         draft.add_input("finetune_of", recipe.base)
-        draft.add_input("trained_on", recipe.data, licence=recipe.licence)
+        draft.add_input("trained_on", recipe.data, licence=licence)
         if recipe.held_out:
             draft.add_input("evaluated_on", recipe.held_out)
         model = load_model(base_path)
@@ -191,7 +195,7 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
             ]
         config = dataclasses.replace(config, eos_token_id=_ends(config, prepared.train, tokenizer))
         _write(recipe, model, config, tokenizer, template, draft.path, _base_name(recipe.base, out))
-        draft.data.update(prepared.report.table(data_path, recipe.licence))
+        draft.data.update(prepared.report.table(data_path, licence, sources))
         draft.model.update(describe(config) | {"trained_params": trained, "method": recipe.method})
         draft.step.update(
             {
@@ -252,8 +256,8 @@ def _check_recipe(recipe: SftRecipe) -> None:
             raise UserError(f"{name} must be at least 1, not {getattr(recipe, name)}")
     if not 0 <= recipe.warmup <= 1:
         raise UserError(f"warmup is a fraction of the steps, from 0 to 1, not {recipe.warmup:g}")
-    if recipe.lora_alpha <= 0:
-        raise UserError(f"lora_alpha must be positive, not {recipe.lora_alpha:g}: the adapter would do nothing")
+    if not 0 < recipe.lora_alpha <= MAX_ALPHA:
+        raise UserError(f"lora_alpha must be positive and at most {MAX_ALPHA:g}, not {recipe.lora_alpha:g}")
     lora.check_targets(recipe.lora_targets)
     if recipe.template:
         builtin_template(recipe.template)
@@ -314,6 +318,19 @@ def _data_path(ref: str) -> Path:
     if not path.exists():
         raise UserError(f"{ref}: no such file; give a .jsonl, .json, .csv or .parquet file of chats")
     return path
+
+
+def _sources(recipe: SftRecipe, data: Path) -> tuple[list[dict[str, Any]], str]:
+    """What a ``dataset`` artifact's passport says it is made of, and the licence of the data.
+
+    No rows where ``data`` is something else, or where the recipe states a licence: that is the user's word for the whole.
+    """
+    if recipe.licence != "unknown" or not (data / "passport.json").is_file():
+        return [], recipe.licence
+    artifact = open_artifact(data)
+    rows = artifact.sources()
+    declared = (artifact.passport.get("licence") or {}).get("declared")
+    return rows, declared or " / ".join(sorted({str(row.get("licence") or "unknown") for row in rows})) or "unknown"
 
 
 def _template(recipe: SftRecipe, base: Path) -> Template:
