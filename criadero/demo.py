@@ -22,7 +22,7 @@ from criadero.train.hardware import peak_memory_bytes
 
 BASE = "cria"
 QUESTIONS = 5
-TRANSCRIPT = ("Hola, ¿abren los domingos?", "¿Puedo pagar con tarjeta?", "Thank you! Do you deliver at home?")
+TRANSCRIPT = ("Hola, ¿abren los domingos?", "¿Puedo pagar con tarjeta?", "Muchas gracias, adiós.")
 LEAST_FALL = 0.2  # nats a token: below it the demo has failed
 
 

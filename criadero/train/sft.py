@@ -64,7 +64,7 @@ class SftRecipe:
     rslora: bool = field(default=False, metadata={"help": "scale by alpha / sqrt(rank)"})
     merged: bool = field(default=False, metadata={"help": "fold the adapter in and seal whole weights"})
     template: str | None = field(default=None, metadata={"help": "give a base without one this built-in chat template"})
-    epochs: float = field(default=0.0, metadata={"help": "passes over the chats; 0: from 3 to 30, for about 100 steps"})
+    epochs: float = field(default=0.0, metadata={"help": "passes over the chats; 0: from 3 to 30, for about 200 steps"})
     max_length: int = field(default=0, metadata={"help": "longest example in tokens; 0: the model's context"})
     too_long: Literal["refuse", "drop", "truncate"] = field(
         default="refuse", metadata={"help": "examples longer than max_length: refuse the run, drop them, cut them"}
@@ -154,7 +154,7 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
             prepared.train, row_length=length, rows=rows, pad=pad, seed=recipe.seed, dtype=dtype, device=device
         )
         micro = max(1, min(round(batch_tokens / (rows * length)), batches.steps_per_epoch))
-        epochs = recipe.epochs or min(max(math.ceil(100 * micro / batches.steps_per_epoch), 3), 30)
+        epochs = recipe.epochs or min(max(math.ceil(200 * micro / batches.steps_per_epoch), 3), 30)
         steps = max(1, math.ceil(epochs * batches.steps_per_epoch / micro))
         evaluation = example_batches(prepared.held_out, length, rows, pad, dtype, device)
         trained = sum(p.numel() for _, p in parameters)
