@@ -94,7 +94,7 @@ def tiny_cria(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id,
     )  # fmt: skip
     torch.manual_seed(0)
-    with create(folder, kind="base", config={}, licence="Apache-2.0") as draft:
+    with create(folder, kind="base", config={}, licence="CC-BY-SA-4.0") as draft:
         save_hf(Llama(config), config, draft.path)
         tokenizer.save(draft.path, chat_template=builtin_template("criadero").source)
         draft.model = {"params": config.parameters(), "context": 512, "vocab": tokenizer.vocab_size}
