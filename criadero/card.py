@@ -28,7 +28,7 @@ def expectations(params: int, tokens: int) -> list[str]:
             "Can: write short grammatical sentences like those it has read; learn a narrow task, such as the fixed answers of a "
             "shop's assistant, from a few hundred examples.",
             "Cannot: know facts, count, reason, translate, keep a long conversation together. It will state untrue things fluently.",
-            f"It has read {tokens:,} tokens. For comparison, Llama 2 read 2,000,000,000,000.",
+            *([f"It has read {tokens:,} tokens. For comparison, Llama 2 read 2,000,000,000,000."] if tokens else []),
         ]
     return [
         "Its abilities were not measured beyond the figures below; like any language model it can state untrue things fluently."
@@ -69,7 +69,10 @@ def card(
     lines += [
         "## What to expect",
         "",
-        *(f"- {text}" for text in expectations(int(model.get("params", 0)), int(step.get("tokens", 0)))),
+        *(
+            f"- {text}"
+            for text in expectations(int(model.get("params", 0)), int(step.get("tokens_in_all", step.get("tokens", 0))))
+        ),
     ]
     if words:
         lines += ["", "## In the makers' words", "", words.strip()]
@@ -101,9 +104,10 @@ def card(
     lines += ["", f"Licence of these weights: **{licence or 'not declared'}**. Whether the licences of training texts bind a model is "
               "not settled law; the table names them so that you can judge. The whole record, with the hash of every file and "
               "input, is in `passport.json`; `criadero passport verify` checks it."]  # fmt: skip
+    seconds = float(step.get("seconds", 0))
     trained = [
         f"{int(step.get('tokens', 0)):,} tokens",
-        f"{float(step.get('seconds', 0)) / 60:.0f} minutes of computing",
+        f"{seconds / 60:.0f} minutes of computing" if seconds >= 120 else f"{seconds:.0f} seconds of computing",
     ]
     if step.get("dtype"):
         trained.append(str(step["dtype"]))
@@ -119,12 +123,27 @@ def _number(value: Any) -> str:
 def write_card(
     draft: Draft, out: Path, *, name: str, kind: str, licence: str, base: str | None, words: str | None
 ) -> None:
-    """Write ``README.md`` of an artifact in the making, from the tables that its passport will hold."""
+    """Write ``README.md`` of an artifact in the making, from the tables that its passport will hold.
+
+    A model made from another has read what that one has read: its sources and tokens count too.
+    """
+    ancestors = [p for one in draft.inputs if one.relation == "finetune_of" for p in one.ancestors]
+    models = [p for p in ancestors if p.get("kind") in ("base", "chat", "adapter")]
+    below = [row | {"name": f"{row.get('name')} (read by {p['name']})"} for p in models for row in _sources(p)]
+    read = sum(int((p.get("step") or {}).get("tokens", 0)) for p in models) + int(draft.step.get("tokens", 0))
+    step = draft.step | {"tokens_in_all": read if models or not base else 0}  # 0: nobody knows what the base has read
     text = card(
-        name=name or out.name, kind=kind, licence=licence or None, base=Path(base).name if base else None,
-        model=draft.model, data=draft.data, step=draft.step, metrics=draft.metrics, words=words,
+        name=name or out.name, kind=kind, licence=licence or None,
+        base=(models[0]["name"] if models else Path(base).name) if base else None, model=draft.model,
+        data=draft.data | {"by_source": [*draft.data.get("by_source", []), *below]}
+        | {"by_language": draft.data.get("by_language") or (models[0]["data"].get("by_language") if models else None)},
+        step=step, metrics=draft.metrics, words=words,
     )  # fmt: skip
     (draft.path / "README.md").write_text(text, encoding="utf-8")
+
+
+def _sources(passport: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return list((passport.get("data") or {}).get("by_source") or [])
 
 
 def read_words(path: str | None) -> str | None:
