@@ -228,7 +228,9 @@ def _why(step: Step, stale: set[str]) -> str | None:
     for key in new:
         if (change := _changed(key, old.get(key), new[key], recorded, ids)) is not None:
             return change
-    here = {one for path in step.paths for one in (glob.glob(path) if glob.has_magic(path) else [path])}
+    # The makers' words in a card change nothing that was computed: a new wording does not make hours of training stale.
+    paths = step.paths - {str(new.get("card"))}
+    here = {one for path in paths for one in (glob.glob(path) if glob.has_magic(path) else [path])}
     if again := sorted(here & stale):
         return f"{Path(again[0]).name} is made again"
     known, found = set(recorded.values()), set()
