@@ -14,9 +14,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "criadero"
 LAYERS = [
     {"errors", ""},  # "" is criadero/__init__.py: its public names are imported behind __getattr__
     {"artifact", "recipe"},
-    {"config", "tokenizer", "sentencepiece_file", "template_sandbox", "chat"},
+    {"config", "tokenizer", "sentencepiece_file", "template_sandbox", "chat", "kernels"},
     {"model", "lora", "checkpoints", "data", "card"},
-    {"train", "engine"},
+    {"train", "engine", "quantize"},
     {"run", "demo", "terminal", "summary", "export"},
     {"cli"},
 ]
