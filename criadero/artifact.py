@@ -14,54 +14,42 @@ import dataclasses
 import difflib
 import errno
 import functools
-import hashlib
-import importlib.metadata
 import json
 import os
-import platform
-import shlex
 import shutil
 import stat
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
-from criadero import __version__
+from criadero import machine
 from criadero.errors import UserError
+from criadero.merkle import CHUNK, folder_root, hash_file, sha256_file
+from criadero.passport import CHUNKS, FORMAT, Problem, compare, passport_id, read_lineage, read_passport, role_of, walk
+from criadero.passport import LINEAGE as _LINEAGE
+from criadero.passport import MARK as _MARK
+from criadero.passport import PASSPORT as _PASSPORT
+from criadero.passport import UNSEALED as _UNSEALED
 from criadero.recipe import canonical_json, digest, plain
 
-FORMAT = "criadero/1"
-KINDS = ("dataset", "tokenizer", "tokens", "base", "chat", "adapter", "model")
+KINDS = (
+    "dataset", "tokenizer", "tokens", "base", "chat", "adapter", "model", "quantised", "index", "audit", "policy",
+)  # fmt: skip
+RELATIONS = (
+    "finetune_of", "trained_on", "trained_on_outputs_of", "distilled_from", "merged_from", "quantised_from",
+    "converted_from", "tokenizer_of", "code_of", "evaluated_on", "contains",
+)  # fmt: skip
 BUNDLED = Path(__file__).parent / "bundled"
-_PASSPORT = "passport.json"
-_LINEAGE = "lineage.jsonl"
-_MARK = ".criadero-draft"  # in OUT.partial: says that it is ours, with which settings, and holds the lock
-_UNSEALED = (_PASSPORT, "passport.sig", _MARK)  # not listed in a passport, and no surprise beside one
-_CHUNK = 1 << 22
-_PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "jinja2", "zstandard", "pyarrow")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One way in which a folder differs from its passport."""
-
-    path: str
-    what: Literal["changed", "missing", "extra"]
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.what}"
 
 
 @dataclass(frozen=True)
 class Input:
     """Something an artifact was made of.
 
-    `relation` says how (``finetune_of``, ``trained_on``, ``tokenizer_of``, ``converted_from``, ``contains``). `id` is
-    the passport's id, or the sha256 of a plain file, or of a folder's sorted (path, sha256) list. `verified` means that
+    `relation` says how: one of :data:`RELATIONS`. `id` is the passport's id, or the sha256 of a plain file, or of a folder's sorted (path, sha256) list. `verified` means that
     a passport vouches for it and that its files matched. `ancestors` are passports: its own, then those behind it.
     """
 
@@ -107,14 +95,7 @@ class Artifact:
 
     def ancestors(self) -> list[dict[str, Any]]:
         """The passports in lineage.jsonl, nearest first."""
-        try:
-            lines = (self.path / _LINEAGE).read_text(encoding="utf-8").splitlines()
-            found = [json.loads(line) for line in lines]
-        except FileNotFoundError:
-            return []
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.path / _LINEAGE}: cannot be read: {error}") from None
-        return [one for one in found if isinstance(one, dict) and isinstance(one.get("id"), str)]
+        return read_lineage(self.path)
 
     def sources(self) -> list[dict[str, Any]]:
         """The by-source rows of the data it was made of: its own, or those of the nearest ancestors that have some."""
@@ -242,58 +223,7 @@ def open_artifact(ref: str | Path | Artifact) -> Artifact:
     return Artifact(path, passport)
 
 
-def read_passport(folder: Path) -> dict[str, Any] | None:
-    """The passport of a folder, its shape checked; None when the folder has none. UserError when it cannot be read."""
-    file = folder / _PASSPORT
-    try:
-        passport = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as a passport: {error}") from None
-    texts, lists = ("id", "kind", "name"), ("files", "inputs", "metrics")
-    if not (
-        isinstance(passport, dict)
-        and all(isinstance(passport.get(key), str) for key in texts)
-        and all(isinstance(passport.get(key), list) for key in lists)
-        and all(isinstance(row, dict) for key in lists for row in passport[key])
-        and all(isinstance(row.get(key), str) for row in passport["files"] for key in ("path", "sha256"))
-        and all(isinstance(row.get("id"), str) for row in passport["inputs"])
-    ):
-        raise UserError(f"{file}: is not a passport ({FORMAT})")
-    if passport.get("passport") != FORMAT:
-        raise UserError(f"{file}: its format is {passport.get('passport')!r}, this version reads {FORMAT!r}")
-    return passport
-
-
 # -- hashes -----------------------------------------------------------------------------------------------------------
-
-
-def sha256_file(path: str | Path) -> str:
-    """``sha256:`` and the hexadecimal digest of a file's bytes."""
-    total = hashlib.sha256()
-    buffer = memoryview(bytearray(_CHUNK))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            total.update(buffer[:count])
-    return f"sha256:{total.hexdigest()}"
-
-
-def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
-    """(posix path, path) of every file, sorted; not the top-level ``resume/``. Linked folders are entered once."""
-    found: list[tuple[str, Path]] = []
-    seen: set[str] = set()
-    for root, dirs, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        if real in seen:
-            dirs.clear()
-            continue
-        seen.add(real)
-        here = Path(root)
-        if here == folder and "resume" in dirs:
-            dirs.remove("resume")
-        found += [((here / name).relative_to(folder).as_posix(), here / name) for name in files]
-    return iter(sorted(found))
 
 
 def content_id(path: Path) -> str:
@@ -301,57 +231,29 @@ def content_id(path: Path) -> str:
     if not path.is_dir():
         return sha256_file(path)
     passport = read_passport(path)
-    return passport["id"] if passport else digest([[name, sha256_file(file)] for name, file in _walk(path)])
+    return passport["id"] if passport else digest([[name, sha256_file(file)] for name, file in walk(path)])
 
 
 def verify(path: str | Path) -> list[Problem]:
     """How a sealed folder differs from its passport: every file is hashed. Empty when it does not.
 
     A passport whose id is not its own hash counts as changed, and so does a lineage.jsonl in which an ancestor is missing
-    or forged. ``resume/`` is not looked at.
+    or forged. ``resume/`` is not looked at. Signatures, samples and deeper checks: `criadero.trust.verify`.
     """
     folder = resolve(path)
     if not folder.is_dir():
         raise UserError(f"{folder} is a file: an artifact is a folder with a {_PASSPORT}")
-    if not (folder / _PASSPORT).is_file():
-        return [Problem(_PASSPORT, "missing")]
-    try:
-        passport = read_passport(folder)
-        assert passport is not None
-        honest = passport["id"] == passport_id(passport)
-    except (UserError, TypeError, ValueError):
-        return [Problem(_PASSPORT, "changed")]
-    problems = [] if honest else [Problem(_PASSPORT, "changed")]
-    there = {name: file for name, file in _walk(folder) if name not in _UNSEALED}
-    for row in passport["files"]:
-        file = there.pop(row["path"], None)
-        try:
-            if file is None:
-                problems.append(Problem(row["path"], "missing"))
-            elif file.stat().st_size != row.get("size") or sha256_file(file) != f"sha256:{row['sha256']}":
-                problems.append(Problem(row["path"], "changed"))
-        except OSError:  # a dangling link, or a file that may not be read
-            problems.append(Problem(row["path"], "missing"))
-    problems += [Problem(name, "extra") for name in there]
-    if all(problem.path != _LINEAGE for problem in problems) and not _chain_holds(Artifact(folder, passport)):
-        problems.append(Problem(_LINEAGE, "changed"))
-    return problems
+    return compare(folder)
 
 
-def _chain_holds(artifact: Artifact) -> bool:
-    """Whether every ancestor's passport has its own id, and every vouched-for input of each one is among them."""
-    try:
-        known = {one["id"]: one for one in artifact.ancestors()}
-        honest = all(id == passport_id(one) for id, one in known.items())
-        rows = [row for one in (artifact.passport, *known.values()) for row in one.get("inputs") or []]
-        return honest and all(row["id"] in known for row in rows if row.get("verified"))
-    except (UserError, TypeError, KeyError, AttributeError):
-        return False
-
-
-def passport_id(passport: Mapping[str, Any]) -> str:
-    """``sha256:`` of the canonical JSON of a passport without its ``id``."""
-    return digest({key: value for key, value in passport.items() if key != "id"})
+def require_passport(ref: str | Path | Artifact) -> Path:
+    """The folder that `ref` means, once every file of it has been found to be as its passport says; UserError otherwise."""
+    folder = resolve(ref)
+    problems = verify(folder)
+    if problems:
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise UserError(f"{folder} is not opened, a passport is required: {problems[0]}{more}")
+    return folder
 
 
 # -- making -----------------------------------------------------------------------------------------------------------
@@ -369,6 +271,8 @@ def input_of(
 
     A sealed folder that does not match its passport raises UserError.
     """
+    if relation not in RELATIONS:
+        raise ValueError(f"relation {relation!r} is not one of {RELATIONS}")
     path = resolve(ref)
     where = locator if locator is not None else str(ref.path if isinstance(ref, Artifact) else ref)
     passport = read_passport(path) if path.is_dir() else None
@@ -470,15 +374,21 @@ def create(
     except OSError as error:  # a name that is too long, a file system that takes no folders
         raise UserError(f"{out}: cannot be made ({error.strerror}): choose another place with --out") from error
     draft = Draft(partial, resumed=resumed, _before=before)
-    started = _now()
+    started, energy = _now(), machine.EnergyMeter()
     try:
         with disk_errors(out):
             for one in inputs:
                 draft._record(one)
-            code = _code()
+            code = machine.code()
             yield draft
-            step = {"command": _command(), "config": settings["config"], "seeds": dict(seeds or {}), "code": code}
-            step |= {"env": _environment(), "started": started, "ended": _now()} | draft.step
+            step = {
+                "command": machine.command(),
+                "config": settings["config"],
+                "seeds": dict(seeds or {}),
+                "code": code,
+            }
+            step |= {"env": machine.environment(), "hardware": machine.hardware(), "energy": energy.stop()}
+            step |= {"started": started, "ended": _now()} | draft.step
             _seal(draft, out, kind, name or out.name, licence, step)
     except BaseException as error:
         if _has_files(partial / "resume"):
@@ -491,6 +401,7 @@ def create(
                     folder.rmdir()
         raise
     finally:
+        energy.ended.set()
         os.close(lock)
 
 
@@ -616,18 +527,27 @@ def _seal(draft: Draft, out: Path, kind: str, name: str, licence: str | None, st
     lineage = {passport["id"]: passport for one in draft.inputs for passport in one.ancestors}
     if lineage:
         (folder / _LINEAGE).write_bytes(b"".join(canonical_json(passport) + b"\n" for passport in lineage.values()))
-    files = []
+    files, chunks = [], []
     readable = stat.S_IMODE((folder / _MARK).stat().st_mode)
-    for relative, file in _walk(folder):
+    (folder / CHUNKS).unlink(missing_ok=True)
+    for relative, file in walk(folder):
         if relative in _UNSEALED:
             continue
         if file.is_symlink():
             raise ValueError(f"{file} is a link: an artifact holds its files itself")
         if stat.S_IMODE(file.stat().st_mode) == 0o600:  # as safetensors writes: for others as readable as the rest
             file.chmod(readable)
-        sha256 = sha256_file(file).removeprefix("sha256:")
-        files.append({"path": relative, "size": file.stat().st_size, "sha256": sha256, "role": _role(relative)})
+        one = hash_file(file)
+        files.append({"path": relative, "size": one.size, "sha256": one.sha256, "role": role_of(relative)})
+        chunks.append((relative, one.size, one.leaves))
         _fsync(file)
+    merkle: dict[str, Any] = {"alg": "sha256", "chunk": CHUNK, "root": folder_root(chunks)}
+    if any(size > CHUNK for _, size, _ in chunks):  # else every file is one chunk, and a sample saves nothing
+        (folder / CHUNKS).write_bytes(b"".join(leaves for _, _, leaves in chunks))
+        one = hash_file(folder / CHUNKS)
+        files.append({"path": CHUNKS, "size": one.size, "sha256": one.sha256, "role": role_of(CHUNKS)})
+        merkle["leaves"] = CHUNKS
+        _fsync(folder / CHUNKS)
     passport: dict[str, Any] = {
         "passport": FORMAT,
         "kind": kind,
@@ -635,6 +555,7 @@ def _seal(draft: Draft, out: Path, kind: str, name: str, licence: str | None, st
         "version": draft.version,
         "created": _now(),
         "files": files,
+        "merkle": merkle,
         "inputs": [
             {key: value for key, value in dataclasses.asdict(one).items() if key != "ancestors"} for one in draft.inputs
         ],
@@ -678,82 +599,5 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-_ROLES = {
-    "config.json": "config",
-    "generation_config.json": "config",
-    "adapter_config.json": "config",
-    "recipe.toml": "recipe",
-    "README.md": "card",
-    "metrics.jsonl": "metrics",
-    "curves.svg": "metrics",
-    "chat_template.jinja": "template",
-    "tokenizer.json": "tokenizer",
-    "tokenizer_config.json": "tokenizer",
-    "special_tokens_map.json": "tokenizer",
-    "tokenizer.model": "tokenizer",
-    "removed.jsonl.zst": "removed",
-    "sources.json": "sources",
-    _LINEAGE: "lineage",
-}
-
-
-def _role(path: str) -> str:
-    name = PurePosixPath(path).name
-    if name in _ROLES:
-        return _ROLES[name]
-    if name.endswith((".safetensors", ".gguf", ".safetensors.index.json")):
-        return "weights"
-    if name.endswith((".jsonl.zst", ".jsonl", ".parquet")):
-        return "documents"
-    if name.endswith((".bin", ".npy")):
-        return "tokens"
-    if name.upper().startswith(("LICENSE", "LICENCE", "NOTICE")):
-        return "licence"
-    return "other"
-
-
-# -- where and with what it ran ---------------------------------------------------------------------------------------
-
-
 def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")  # fine enough to tell two sealings apart
-
-
-def _command() -> str:
-    """The command, when it was ours; only the program's name otherwise (a notebook's arguments say nothing)."""
-    program = Path(sys.argv[0] if sys.argv else "").name
-    if program in ("criadero", "__main__.py"):
-        words = [word.replace(str(Path.cwd()) + os.sep, "").replace(str(Path.home()), "~") for word in sys.argv[1:]]
-        return shlex.join(["criadero", *words])
-    return program or "python"
-
-
-@functools.cache
-def _code() -> dict[str, Any]:
-    """The version of this package, and its commit when it runs from a checkout."""
-    root = Path(__file__).resolve().parents[1]
-    commit, dirty = None, None
-    if (root / ".git").exists():
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            git = functools.partial(subprocess.run, cwd=root, capture_output=True, text=True, timeout=10, check=True)
-            commit = git(["git", "rev-parse", "HEAD"]).stdout.strip() or None
-            dirty = bool(git(["git", "status", "--porcelain", "--", "criadero"]).stdout.strip())
-    return {"package": f"criadero=={__version__}", "git": commit, "dirty": dirty}
-
-
-@functools.cache
-def _environment() -> dict[str, Any]:
-    packages = {}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            packages[package] = importlib.metadata.version(package)
-    system = f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}"
-    return {"python": platform.python_version(), "os": system, "cpu": _cpu(), "packages": packages}
-
-
-def _cpu() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

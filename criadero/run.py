@@ -37,6 +37,7 @@ STAGES: Stages = {
     "data": functools.partial(_load, "criadero.data.build", "DataRecipe", "build_data"),
     "tokenizer": functools.partial(_load, "criadero.data.train_tokenizer", "TokenizerRecipe", "build_tokenizer"),
     "tokens": functools.partial(_load, "criadero.data.pack", "TokensRecipe", "build_tokens"),
+    "index": functools.partial(_load, "criadero.trust.index", "IndexRecipe", "build_index"),
     "pretrain": functools.partial(_load, "criadero.train.pretrain", "PretrainRecipe", "pretrain"),
     "sft": functools.partial(_load, "criadero.train.sft", "SftRecipe", "sft"),
 }

@@ -13,10 +13,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "criadero"
 # docs/architecture.md, "Layers": lowest first
 LAYERS = [
     {"errors", ""},  # "" is criadero/__init__.py: its public names are imported behind __getattr__
-    {"artifact", "recipe"},
+    {"artifact", "recipe", "passport", "merkle", "machine"},
     {"config", "tokenizer", "sentencepiece_file", "template_sandbox", "chat", "kernels"},
     {"model", "lora", "checkpoints", "data", "card"},
     {"train", "engine", "quantize"},
+    {"trust"},
     {"run", "demo", "terminal", "summary", "export"},
     {"cli"},
 ]

@@ -1,0 +1,472 @@
+"""Read an index of training tokens: where a sequence of tokens stands, how often, and how far a text can be followed.
+
+An index is a suffix array (Manber and Myers 1993): for every token of the data, where the sequence that begins there stands
+in the order of all of them. A sequence that occurs is an interval of that order, found by bisection. Files are mapped,
+not read: what a query does not touch costs nothing.
+
+Tokens are stored with the high byte first, so that comparing bytes compares token numbers. Every document ends with
+an end token, and what is looked for never holds one: no match goes across two documents, nor across two shards.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import mmap
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from criadero.artifact import Artifact, open_artifact
+from criadero.errors import UserError
+
+FORMAT = "criadero-index/1"
+STEP = 128  # every so many suffixes, the first 8 bytes of one stand in keys.bin: a sixteenth of a byte a token
+NAMES = 256  # documents in one compressed block of names.bin
+PADDING = 16  # bytes behind the last token, so that 8 of them can be read anywhere
+BATCH = 1 << 15  # bisections at once: bounds the memory of a query of any length
+
+Positions = np.ndarray  # int64 [n], tokens counted from the start of the index
+
+
+class Interval(NamedTuple):
+    """Suffixes `lo` to `hi` (excluded) of a shard's order: the places where a sequence stands."""
+
+    shard: int
+    lo: int
+    hi: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """A document of the index. `name` is its id in the dataset, or its number where the dataset was not at hand."""
+
+    number: int
+    name: str
+    source: str
+    lang: str
+    licence: str
+    start: int  # tokens from the start of the index, its bos first
+    end: int  # behind its eos
+    date: str = ""
+    url: str = ""
+    attribution: str = ""
+
+
+class Index:
+    """An opened index; see :func:`open_index`. All of it is read-only, and threads may share it."""
+
+    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+        self.path = folder
+        self.about = about
+        self.width: int = about["width"]  # bytes a token
+        self.per = 8 // self.width  # tokens in 8 bytes
+        self.ends: tuple[int, ...] = tuple(about["boundaries"])  # tokens that never lie within a match
+        self.starts = np.array([row[0] for row in about["shards"]], np.int64)
+        self.sizes = np.array([row[1] for row in about["shards"]], np.int64)
+        self.size = int(self.sizes.sum())  # tokens
+        self.documents: int = about["documents"]
+        counts = [-(-int(size) // STEP) for size in self.sizes]
+        self.key_starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        w, n = self.width, self.size
+        self._maps = {
+            name: _mapped(folder / name, size)
+            for name, size in {
+                "tokens.bin": n * w + PADDING, "suffixes.bin": n * 4, "keys.bin": int(self.key_starts[-1]) * 8,
+                "documents.bin": (self.documents + 1) * 8, "rows.bin": self.documents * 2,
+            }.items()
+        }  # fmt: skip
+        self._text, self._order = self._maps["tokens.bin"], self._maps["suffixes.bin"]
+        # [n]: the 8 bytes from each token on, as one big-endian number that orders as the tokens do
+        self.eights = np.ndarray((n,), ">u8", self._text, strides=(w,))
+        self.tokens = np.frombuffer(self._text, f">u{w}", n)
+        self.suffixes = np.frombuffer(self._order, "<u4", n)
+        self.keys = np.frombuffer(self._maps["keys.bin"], "<u8", int(self.key_starts[-1]))
+        self.borders = np.frombuffer(self._maps["documents.bin"], "<u8", self.documents + 1)
+        self.rows = np.frombuffer(self._maps["rows.bin"], "<u2", self.documents)
+        self.unigrams = np.fromfile(folder / "unigrams.bin", "<u8")
+        if len(self.unigrams) != about["vocab_size"] or int(self.unigrams.sum()) != n:
+            raise UserError(f"{folder}: unigrams.bin is damaged: build the index again (criadero data index)")
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        from criadero.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.path)
+
+    @functools.cached_property
+    def log_probs(self) -> np.ndarray:
+        """float64 [vocab]: natural logarithm of each token's share of the data; one that never occurs counts as half of one."""
+        return np.log(np.maximum(self.unigrams.astype(np.float64), 0.5) / max(1, self.size))
+
+    # -- one sequence -------------------------------------------------------------------------------------------------
+
+    def pack(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """Token ids as the index stores them. UserError for an id that the vocabulary does not have."""
+        array = np.asarray(ids, np.int64)
+        if array.size and not (int(array.min()) >= 0 and int(array.max()) < self.about["vocab_size"]):
+            raise UserError(
+                f"token {int(array.max())} is not one of the {self.about['vocab_size']} that {self.path} knows: "
+                "encode the text with the index's own tokenizer"
+            )
+        return array.astype(f">u{self.width}").tobytes()
+
+    def find(self, ids: Sequence[int] | np.ndarray) -> list[Interval]:
+        """Where a sequence of one token or more stands; O(log n) a shard. Nothing for one that holds an end token."""
+        pattern = self.pack(ids)
+        if not pattern:
+            raise UserError("there is nothing to look for: the text has no tokens")
+        if len(pattern) > self.size * self.width or any(int(one) in self.ends for one in ids):
+            return []
+        first = pattern[:8]
+        low = np.uint64(int.from_bytes(first.ljust(8, b"\0"), "big"))
+        high = np.uint64(int.from_bytes(first.ljust(8, b"\xff"), "big"))
+        found = []
+        for shard, size in enumerate(self.sizes.tolist()):
+            keys = self.keys[self.key_starts[shard] : self.key_starts[shard + 1]]
+            lo = max(int(np.searchsorted(keys, low, "left")) - 1, 0) * STEP
+            hi = min(int(np.searchsorted(keys, high, "right")) * STEP, size)
+            if lo < hi:
+                left = self._bisect(shard, pattern, lo, hi, False)
+                right = self._bisect(shard, pattern, left, hi, True)
+                if left < right:
+                    found.append(Interval(shard, left, right))
+        return found
+
+    def _bisect(self, shard: int, pattern: bytes, lo: int, hi: int, right: bool) -> int:
+        """The first suffix of lo to hi that is not before `pattern` (`right`: that neither is before nor begins with it)."""
+        start, w, n, read = int(self.starts[shard]), self.width, len(pattern), struct.unpack_from
+        text, order = self._text, self._order
+        head, short = pattern[:64], min(n, 64)
+        while lo < hi:
+            mid = (lo + hi) >> 1
+            at = (start + read("<I", order, 4 * (start + mid))[0]) * w
+            there = text[at : at + short]
+            if there == head and n > 64:  # long sequences: only what ties is compared whole
+                there = text[at : at + n]
+                before = there < pattern or (right and there == pattern)
+            else:
+                before = there < head or (right and there == head)
+            if before:
+                lo = mid + 1
+            else:
+                hi = mid
+        return lo
+
+    def extend(self, intervals: Sequence[Interval], depth: int, token: int) -> list[Interval]:
+        """The places of a sequence of `depth` tokens, narrowed to those where `token` comes next; O(log n)."""
+        if token in self.ends:
+            return []
+        want = token.to_bytes(self.width, "big")
+        found = []
+        for shard, lo, hi in intervals:
+            left = self._bisect_next(shard, depth, want, lo, hi, False)
+            right = self._bisect_next(shard, depth, want, left, hi, True)
+            if left < right:
+                found.append(Interval(shard, left, right))
+        return found
+
+    def _bisect_next(self, shard: int, depth: int, want: bytes, lo: int, hi: int, right: bool) -> int:
+        start, w, read, text, order = int(self.starts[shard]), self.width, struct.unpack_from, self._text, self._order
+        while lo < hi:
+            mid = (lo + hi) >> 1
+            at = (start + read("<I", order, 4 * (start + mid))[0] + depth) * w
+            there = text[at : at + w]
+            if there < want or (right and there == want):
+                lo = mid + 1
+            else:
+                hi = mid
+        return lo
+
+    def count(self, ids: Sequence[int] | np.ndarray) -> int:
+        """How often a sequence of tokens stands in the data."""
+        return sum(hi - lo for _, lo, hi in self.find(ids))
+
+    def positions(self, intervals: Sequence[Interval], most: int | None = None) -> Positions:
+        """Where the sequences of `intervals` begin, in order; of more than `most`, that many evenly from the intervals."""
+        total = sum(hi - lo for _, lo, hi in intervals)
+        if most is None or total <= most:
+            wanted = np.arange(total, dtype=np.int64)
+        else:
+            wanted = np.arange(most, dtype=np.int64) * total // most
+        found, before = [], 0
+        for shard, lo, hi in intervals:
+            here = wanted[(wanted >= before) & (wanted < before + hi - lo)] - before
+            found.append(self._places(self.starts[shard] + lo + here, np.full(len(here), shard)))
+            before += hi - lo
+        return np.sort(np.concatenate(found)) if found else np.empty(0, np.int64)
+
+    def _places(self, entries: np.ndarray, shards: np.ndarray) -> Positions:
+        """The positions that entries of the suffix array name. UserError when one lies outside its shard."""
+        inside = self.suffixes[entries].astype(np.int64)
+        if inside.size and bool((inside >= self.sizes[shards]).any()):
+            raise UserError(f"{self.path}: suffixes.bin is damaged: build the index again (criadero data index)")
+        return self.starts[shards] + inside
+
+    # -- many sequences at once ---------------------------------------------------------------------------------------
+
+    def longest(self, ids: Sequence[int] | np.ndarray, starts: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+        """How many tokens of `ids` from each of `starts` (default: every one) stand together somewhere in the data.
+
+        int64 [starts]: the matching statistics (Chang and Lawler 1994), from one bisection a start and shard, all together,
+        and comparing with both neighbours of the place where the text would stand.
+        """
+        query = Query(self, ids)
+        starts = np.arange(len(query.ids)) if starts is None else np.asarray(starts, np.int64)
+        out = np.zeros(len(starts), np.int64)
+        shards = len(self.sizes)
+        step = max(1, BATCH // shards)
+        for at in range(0, len(starts), step):
+            some = starts[at : at + step]
+            pairs, shard = np.tile(some, shards), np.repeat(np.arange(shards), len(some))
+            place = self._insertion(query, pairs, query.left[pairs], shard, upper=False)
+            best = np.zeros(len(pairs), np.int64)
+            for side in (place - 1, place):
+                there = np.flatnonzero((side >= 0) & (side < self.sizes[shard]) & (query.left[pairs] > 0))
+                spots = self._places(self.starts[shard[there]] + side[there], shard[there])
+                best[there] = np.maximum(best[there], query.common(spots, pairs[there]))
+            out[at : at + step] = best.reshape(shards, len(some)).max(0)
+        return out
+
+    def intervals(
+        self, ids: Sequence[int] | np.ndarray, starts: Sequence[int] | np.ndarray, length: int | np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Where ids[start : start + length] stands, for each start: ``lo`` and ``hi``, int64 [starts, shards].
+
+        A sequence that goes over the end of `ids` or an end token stands nowhere.
+        """
+        query = Query(self, ids)
+        starts = np.asarray(starts, np.int64)
+        lengths = np.broadcast_to(np.asarray(length, np.int64), starts.shape)
+        shards = len(self.sizes)
+        lo, hi = np.zeros((len(starts), shards), np.int64), np.zeros((len(starts), shards), np.int64)
+        step = max(1, BATCH // shards)
+        for at in range(0, len(starts), step):
+            some, many = starts[at : at + step], lengths[at : at + step]
+            fits = np.flatnonzero((query.left[some] >= many) & (many > 0))
+            pairs, left = np.tile(some[fits], shards), np.tile(many[fits], shards)
+            shard = np.repeat(np.arange(shards), len(fits))
+            for upper, out in ((False, lo), (True, hi)):
+                out[at + fits] = self._insertion(query, pairs, left, shard, upper=upper).reshape(shards, -1).T
+        return lo, hi
+
+    def counts(
+        self, ids: Sequence[int] | np.ndarray, starts: Sequence[int] | np.ndarray, length: int | np.ndarray
+    ) -> np.ndarray:
+        """How often ids[start : start + length] stands in the data, for each start: int64 [starts]."""
+        lo, hi = self.intervals(ids, starts, length)
+        return (hi - lo).sum(1)
+
+    def _insertion(
+        self, query: Query, starts: np.ndarray, left: np.ndarray, shard: np.ndarray, *, upper: bool
+    ) -> np.ndarray:
+        """How many suffixes of `shard` are before the query from `starts` on, `left` tokens of it (`upper`: or begin with it).
+
+        Bisection of all at once, [n] each. What both ends share with the query is not compared again (Manber and Myers 1993).
+        """
+        lo, hi = np.zeros(len(starts), np.int64), np.zeros(len(starts), np.int64)
+        mask = query.masks[np.minimum(left, self.per)]
+        key = query.keys[starts] & mask
+        top = key | ~mask
+        for number in np.unique(shard):
+            mine = np.flatnonzero(shard == number)
+            keys = self.keys[self.key_starts[number] : self.key_starts[number + 1]]
+            lo[mine] = np.maximum(np.searchsorted(keys, key[mine], "left") - 1, 0) * STEP
+            hi[mine] = np.minimum(np.searchsorted(keys, top[mine], "right") * STEP, self.sizes[number])
+        low_shared, high_shared = np.zeros(len(starts), np.int64), np.zeros(len(starts), np.int64)  # blocks of 8 bytes
+        open_ = np.flatnonzero(lo < hi)
+        while open_.size:
+            middle = (lo[open_] + hi[open_]) >> 1
+            spots = self._places(self.starts[shard[open_]] + middle, shard[open_])
+            shared = np.minimum(low_shared[open_], high_shared[open_])
+            before = query.before(spots, starts[open_], left[open_], shared, upper)
+            low, high = open_[before], open_[~before]
+            lo[low], low_shared[low] = middle[before] + 1, shared[before]
+            hi[high], high_shared[high] = middle[~before], shared[~before]
+            open_ = open_[lo[open_] < hi[open_]]
+        return lo
+
+    # -- documents ----------------------------------------------------------------------------------------------------
+
+    def document_of(self, positions: Positions | int) -> np.ndarray:
+        """The number of the document in which each position lies."""
+        return np.searchsorted(self.borders, np.asarray(positions, np.uint64), "right") - 1
+
+    def document(self, number: int) -> Place:
+        """What is known of a document. IndexError when there is none of that number."""
+        if not 0 <= number < self.documents:
+            raise IndexError(number)
+        source = self.about["rows"][int(self.rows[number])]
+        name, date = self._names(number // NAMES)[number % NAMES]
+        return Place(
+            number, name or f"{source['name']} #{number}", source["name"], source["lang"], source["licence"],
+            int(self.borders[number]), int(self.borders[number + 1]), date, source.get("url", ""), source.get("attribution", ""),
+        )  # fmt: skip
+
+    def _names(self, block: int) -> list[tuple[str, str]]:
+        return _names_of(self.path, self.about["names"][block], self.about["names"][block + 1])
+
+    def text(self, start: int, end: int) -> str:
+        """The text of tokens `start` to `end`, clipped to the index; special tokens are left out."""
+        return self.tokenizer.decode(self.tokens[max(0, start) : max(0, end)].tolist(), continues=True)
+
+    def encode(self, text: str) -> list[int]:
+        """A text's tokens. UserError when it has none, or cannot be read."""
+        if not text.strip():
+            raise UserError("the text is empty: give some words to look for")
+        try:
+            ids = self.tokenizer.encode(text)
+        except (UnicodeEncodeError, TypeError) as error:
+            raise UserError(f"the text is not UTF-8 ({error}): convert it first") from None
+        if not ids:
+            raise UserError("the text has no tokens in this vocabulary: there is nothing to look for")
+        return ids
+
+    def ways(self, text: str) -> list[list[int]]:
+        """A text's tokens as they are at the start of a line and, when those differ, behind a space: within a sentence."""
+        plain = self.encode(text)
+        if text[0].isspace():
+            return [plain]
+        spaced = self.encode(" " + text)
+        return [plain, spaced] if spaced != plain and len(spaced) == len(plain) else [plain]
+
+    def release(self) -> None:
+        """Give back the memory of what was touched; it stays in the system's cache, and is mapped again when needed."""
+        for one in self._maps.values():
+            one.madvise(mmap.MADV_DONTNEED)
+
+    def forget(self) -> None:
+        """As :meth:`release`, and out of the system's cache too (to measure a cold start). Linux only."""
+        import os
+
+        self.release()
+        for name in self._maps:
+            with (self.path / name).open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def everything(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(start, tokens) of the whole index in pieces of some million tokens."""
+        for start in range(0, self.size, 1 << 22):
+            yield start, self.tokens[start : min(start + (1 << 22), self.size)]
+
+
+class Query:
+    """A text made ready to be compared with many suffixes at once."""
+
+    def __init__(self, index: Index, ids: Sequence[int] | np.ndarray) -> None:
+        packed = index.pack(ids)
+        self.index, self.per = index, index.per
+        self.ids = np.frombuffer(packed, f">u{index.width}").astype(np.int64)
+        n = len(self.ids)
+        # [n + per]: the 8 bytes from each token on, zeros behind the end
+        padded = packed + bytes(16)
+        self.keys = np.ndarray((n + 1,), ">u8", padded, strides=(index.width,)).astype(np.uint64)
+        self.keys = np.concatenate([self.keys, np.zeros(self.per, np.uint64)])
+        # left[i]: tokens from i to the next end token, or to the end of the text
+        stops = np.append(np.flatnonzero(np.isin(self.ids, index.ends)), n)
+        self.left = stops[np.searchsorted(stops, np.arange(n + 1))] - np.arange(n + 1)
+        bits = 8 * index.width
+        self.masks = np.array(
+            [(1 << 64) - (1 << (64 - bits * k)) for k in range(self.per + 1)], np.uint64
+        )  # first k tokens
+
+    def before(
+        self, spots: np.ndarray, starts: np.ndarray, left: np.ndarray, shared: np.ndarray, upper: bool
+    ) -> np.ndarray:
+        """Whether the suffix at each spot stands before the query (`upper`: or begins with it). Raises `shared`, the number of
+        whole 8-byte blocks that are known to be equal, in place."""
+        out = np.full(len(spots), upper)
+        act = np.arange(len(spots))
+        while act.size:
+            offset = shared[act] * self.per
+            mask = self.masks[np.clip(left[act] - offset, 0, self.per)]
+            here = self.keys[starts[act] + offset] & mask
+            there = self._eights(spots[act] + offset) & mask
+            differs = there != here
+            out[act[differs]] = there[differs] < here[differs]
+            act = act[~differs & (left[act] - offset > self.per)]
+            shared[act] += 1
+        return out
+
+    def _eights(self, spots: np.ndarray) -> np.ndarray:
+        # behind the last token there is only padding, and an end token before it has settled the comparison
+        return self.index.eights[np.minimum(spots, self.index.size - 1)].astype(np.uint64)
+
+    def common(self, spots: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """How many tokens the data from each spot and the query from each start have in common, int64."""
+        out = np.zeros(len(spots), np.int64)
+        left = self.left[starts]
+        act = np.arange(len(spots))
+        while act.size:
+            there = self._eights(spots[act] + out[act])
+            differ = there ^ self.keys[starts[act] + out[act]]
+            same = np.zeros(len(act), np.int64)
+            for k in range(1, self.per + 1):
+                same += (differ & self.masks[k]) == 0  # the first k tokens are equal
+            out[act] += same
+            act = act[(same == self.per) & (out[act] < left[act])]
+        return np.minimum(out, left)
+
+
+@functools.lru_cache(maxsize=512)
+def _names_of(folder: Path, start: int, end: int) -> list[tuple[str, str]]:
+    import zstandard
+
+    try:
+        with (folder / "names.bin").open("rb") as file:
+            file.seek(start)
+            text = zstandard.ZstdDecompressor().decompress(file.read(end - start))
+        return [tuple(row) for row in json.loads(text)]
+    except (OSError, ValueError, zstandard.ZstdError) as error:
+        raise UserError(f"{folder}: names.bin is damaged ({error}): build the index again") from None
+
+
+def _mapped(file: Path, size: int) -> mmap.mmap:
+    try:
+        there = file.stat().st_size
+        if there != size:
+            what = "cut short" if there < size else "longer than it says"
+            raise UserError(
+                f"{file.parent}: the index is {what}: {file.name} has {there:,} bytes instead of {size:,}; build it again "
+                "(criadero data index)"
+            )
+        with file.open("rb") as handle:
+            mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}): build the index again") from None
+    if hasattr(mmap, "MADV_RANDOM"):
+        mapped.madvise(mmap.MADV_RANDOM)  # a bisection reads one page here and one there: reading ahead is waste
+    return mapped
+
+
+def open_index(ref: str | Path | Artifact) -> Index:
+    """Open an artifact of kind ``index``. UserError when it is none, cut short, or of another format."""
+    artifact = open_artifact(ref)
+    if artifact.kind != "index":
+        raise UserError(
+            f"{artifact.path} is a {artifact.kind}, not an index: build one with criadero data index TOKENS"
+        )
+    file = artifact.path / "index.json"
+    try:
+        about = json.loads(file.read_bytes())
+        if about["format"] != FORMAT:
+            raise UserError(f"{file}: its format is {about['format']!r}, this version reads {FORMAT!r}")
+        return Index(artifact.path, about)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise UserError(
+            f"{file}: cannot be read as an index ({error!r}): build it again (criadero data index)"
+        ) from None
+
+
+def tokens_id(artifact: Artifact) -> str:
+    """The id of the tokens artifact that an index was built of."""
+    for one in artifact.inputs:
+        if one.get("relation") == "index_of":
+            return str(one["id"])
+    raise UserError(f"{artifact.path}: its passport does not say which tokens it is of: build it again")
