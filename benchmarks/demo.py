@@ -22,10 +22,10 @@ from typing import Any
 ABOUT = """
 import json, os, platform, torch
 from criadero import demo
-from criadero.artifact import _cpu
+from criadero.machine import cpu
 cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 system = f"{platform.system()}, Python {platform.python_version()}, PyTorch {torch.__version__}"
-machine = f"{_cpu()}, {cores} cores, {torch.get_num_threads()} threads, {system}"
+machine = f"{cpu()}, {cores} cores, {torch.get_num_threads()} threads, {system}"
 print(json.dumps({"machine": machine, "settings": demo.settings(), "examples": str(demo.examples_folder()),
                   "questions": demo.QUESTIONS, "typed": demo.TRANSCRIPT}))
 """

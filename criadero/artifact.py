@@ -49,8 +49,9 @@ BUNDLED = Path(__file__).parent / "bundled"
 class Input:
     """Something an artifact was made of.
 
-    `relation` says how: one of :data:`RELATIONS`. `id` is the passport's id, or the sha256 of a plain file, or of a folder's sorted (path, sha256) list. `verified` means that
-    a passport vouches for it and that its files matched. `ancestors` are passports: its own, then those behind it.
+    `relation` says how: one of :data:`RELATIONS`. `id` is the passport's id, or the sha256 of a plain file, or of a
+    folder's sorted (path, sha256) list. `verified` means that a passport vouches for it and that its files matched.
+    `ancestors` are passports: its own, then those behind it.
     """
 
     relation: str

@@ -20,6 +20,7 @@ import pytest
 from criadero import artifact
 from criadero.artifact import Problem, create, input_of, open_artifact, resolve, sha256_file, verify
 from criadero.errors import UserError
+from criadero.recipe import canonical_json
 
 
 def make(out: Path, text: str = "weights", kind: str = "base", **more: Any) -> artifact.Artifact:
@@ -168,7 +169,7 @@ def test_a_forged_ancestor_is_found_though_the_hashes_were_made_again(tmp_path: 
     passport = json.loads(file.read_text())
     passport["files"][0] |= {"size": lineage.stat().st_size, "sha256": sha256_file(lineage)[7:]}
     passport["id"] = artifact.passport_id(passport)
-    file.write_text(json.dumps(passport))
+    file.write_bytes(canonical_json(passport) + b"\n")
     assert verify(tmp_path / "chat") == [Problem("lineage.jsonl", "changed")]
 
 
