@@ -45,7 +45,7 @@ cria: .venv/installed
 	@rm -rf criadero/bundled/cria criadero/bundled/cria-chat
 	@mkdir -p criadero/bundled
 	@cp -R out/cria/04-pretrain criadero/bundled/cria
-	@cp -R out/cria/05-chat criadero/bundled/cria-chat
+	@cp -R out/cria/06-chat criadero/bundled/cria-chat
 	@.venv/bin/criadero passport verify cria
 	@.venv/bin/criadero passport verify cria-chat
 

@@ -146,6 +146,24 @@ def test_too_few_to_hold_one_out_make_no_such_split(root: Path, tmp_path: Path) 
     assert list(read_dataset(made.path, "held_out")) == []
 
 
+def test_chats_are_joined_within_their_language_and_never_from_the_held_out_part(root: Path, tmp_path: Path) -> None:
+    source = Source("chats", "chats.jsonl", "Apache-2.0", kind="chat", lang="es", trusted=True, join=1.5)
+    made = build_data(recipe(root, source=(source,)), tmp_path / "out")
+    train = {d.id: d.meta["messages"] for d in read_dataset(made.path, "train")}
+    held = {d.id for d in read_dataset(made.path, "held_out")}
+    joined = {id: messages for id, messages in train.items() if "+" in id}
+    single = len(train) - len(joined)
+    assert held
+    assert 1.2 * single < len(joined) <= 1.5 * single  # a chat that met itself is left out
+    for id, messages in joined.items():
+        parts = id.split("+")
+        assert 2 <= len(parts) <= 3
+        assert not held & set(parts)
+        assert messages == [m for part in parts for m in train[part]]
+    assert made.sources()[0]["changed"]["joined"] == len(joined)
+    assert made.sources()[0]["train"]["documents"] == len(train)
+
+
 def test_byte_caps_and_turn_caps(root: Path, tmp_path: Path) -> None:
     source = Source("english", "en.jsonl", "CC0-1.0", lang="en", max_bytes=5000)
     artifact = build_data(recipe(root, source=(source,)), tmp_path / "out")
@@ -227,6 +245,7 @@ def test_the_cria_recipe_is_well_formed_and_uses_no_forbidden_source(
     monkeypatch.chdir(folder)
     cria = parse(DataRecipe, values, where="01-data.toml")
     find_sources(cria)
+    find_sources(parse(DataRecipe, read_toml(folder / "05-chats.toml"), where="05-chats.toml"))
     assert not any(word in s.licence.upper() for s in cria.source for word in ("-NC", "UNKNOWN", "NONCOMMERCIAL"))
     paths = " ".join(s.path for s in cria.source)
     for word in ("alpaca", "gpteacher", "codealpaca", "english_novels_100", "p3_t0", "safety_tuned"):

@@ -1,7 +1,7 @@
 """Stage ``data``: sources -> cleaned documents, a held-out split and one row of counts per source.
 
 The steps, each a plain function that counts and can keep what it removed:
-read -> rows chosen -> normalise -> language -> quality -> readability -> exact -> paragraphs -> near -> split.
+read -> rows chosen -> normalise -> language -> quality -> readability -> exact -> paragraphs -> near -> removals -> split.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 import dataclasses
 import glob
 import hashlib
-import io
 import itertools
 import json
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any, Literal
 from criadero.artifact import Artifact, create, open_artifact
 from criadero.data import dedup, filters
 from criadero.data.chats import read_chats
+from criadero.data.docset import DocumentTable, document_hash, read_removals
 from criadero.data.documents import Document, file_format, read_documents
 from criadero.errors import UserError
 from criadero.recipe import nearest
@@ -60,6 +60,7 @@ class Source:
     skip_bad: bool = _help("count malformed rows instead of stopping", False)
     held_out: float | None = _help("instead of the recipe's held_out", None)
     trusted: bool = _help("written for this purpose: normalised, but neither filtered nor deduplicated", False)
+    join: float = _help("chats: add so many times their number of longer ones, each two or three of them in a row", 0.0)
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class DataRecipe:
     held_out_bytes: int = _help("at most so many bytes held out per language and kind", 300_000)
     keep_removed: bool = _help("write what the filters removed, and why, to removed.jsonl.zst", False)
     seed: int = _help("of the split and of capped sources", 0)
+    removals: str = _help("a ledger (removals.jsonl): the documents it lists by hash are left out", "")
 
 
 def build_data(recipe: DataRecipe, out: str | Path, *, overwrite: bool = False, resume: bool = True) -> Artifact:
@@ -92,6 +94,7 @@ def build_data(recipe: DataRecipe, out: str | Path, *, overwrite: bool = False, 
     Every source is looked for before work starts. UserError: a missing source, a malformed row, a source of which nothing is left.
     """
     files = find_sources(recipe)
+    ledger = read_removals(recipe.removals) if recipe.removals else {}
     tally = filters.Tally()
     with create(
         out,
@@ -112,11 +115,13 @@ def build_data(recipe: DataRecipe, out: str | Path, *, overwrite: bool = False, 
                 tally.keep = lambda d, why: None if why in UNREAD else removed.write({**as_row(d), "reason": why})
             train = stack.enter_context(JsonlWriter(draft.path / "train-00000.jsonl.zst"))
             held = stack.enter_context(JsonlWriter(draft.path / "held_out-00000.jsonl.zst"))
-            table = Table(recipe.source)
-            documents = clean(recipe, files, tally, table)
-            for split, document in split_documents(documents, recipe):
-                (train if split == "train" else held).write(as_row(document))
+            table, rows_of = Table(recipe.source), DocumentTable(draft.path)
+            documents = clean(recipe, files, tally, table, ledger)
+            for split, document in join_chats(split_documents(documents, recipe), recipe, tally):
+                file = train if split == "train" else held
+                rows_of.add(document, split=split, shard=file.path.name, offset=file.write(as_row(document)))
                 table.count(split, document)
+            draft.data.update(rows_of.close())
         rows = table.rows(tally)
         empty = [row["name"] for row in rows if not row["documents_out"]]
         if empty:
@@ -129,6 +134,10 @@ def build_data(recipe: DataRecipe, out: str | Path, *, overwrite: bool = False, 
         (draft.path / "sources.json").write_text(
             json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
         )
+        if recipe.removals:
+            (draft.path / "removals.jsonl").write_bytes(Path(recipe.removals).read_bytes())
+            removed = sum(row["removed"].get("removal_request", 0) for row in rows)
+            draft.data["removals"] = {"ledger": "removals.jsonl", "listed": len(ledger), "removed": removed}
         draft.data["by_source"] = rows
         draft.data["by_language"] = table.by_language()
         draft.metrics += [
@@ -176,13 +185,23 @@ def find_sources(recipe: DataRecipe) -> dict[str, list[Path]]:
 
 
 def clean(
-    recipe: DataRecipe, files: Mapping[str, list[Path]], tally: filters.Tally, table: Table
+    recipe: DataRecipe,
+    files: Mapping[str, list[Path]],
+    tally: filters.Tally,
+    table: Table,
+    ledger: Container[bytes] = (),
 ) -> Iterator[Document]:
-    """All documents that pass every step, source by source."""
+    """All documents that pass every step, source by source; those whose hash is in the ledger of removals leave last.
+
+    Last, because then their near copies have gone with them. A hash counts that a document had when it came or has when it goes.
+    """
+    listed: set[tuple[str, str]] = set()
 
     def one_source(source: Source) -> Iterator[Document]:
         documents = table.seen(source, read_source(source, files[source.name], tally, recipe.seed))
         documents = filters.normalise(documents, tally, plain_quotes=recipe.plain_quotes)
+        if ledger:
+            documents = note_listed(documents, ledger, listed)
         if source.trusted:
             return documents
         if recipe.language_filter:
@@ -222,7 +241,30 @@ def clean(
     if recipe.near_dedup:
         documents = dedup.near(documents, tally, threshold=recipe.near_dedup)
     documents = itertools.chain(documents, itertools.chain.from_iterable(map(one_source, trusted)))
+    if ledger:
+        documents = drop_listed(documents, tally, ledger, listed)
     return cap_bytes(documents, tally, {s.name: s.max_bytes for s in recipe.source if s.max_bytes})
+
+
+def note_listed(
+    documents: Iterable[Document], ledger: Container[bytes], listed: set[tuple[str, str]]
+) -> Iterator[Document]:
+    """Pass everything on, and note (source, id) of the documents whose hash is in the ledger as they come in."""
+    for document in documents:
+        if document_hash(document.text) in ledger:
+            listed.add((document.source, document.id))
+        yield document
+
+
+def drop_listed(
+    documents: Iterable[Document], tally: filters.Tally, ledger: Container[bytes], listed: Container[tuple[str, str]]
+) -> Iterator[Document]:
+    """Remove what the ledger lists (``removal_request``), by the noted ids or by the hash of what a document is now."""
+    for document in documents:
+        if (document.source, document.id) in listed or document_hash(document.text) in ledger:
+            tally.drop(document, "removal_request")
+        else:
+            yield document
 
 
 def read_source(source: Source, files: Iterable[Path], tally: filters.Tally, seed: int) -> Iterator[Document]:
@@ -342,6 +384,36 @@ def split_documents(documents: Iterable[Document], recipe: DataRecipe) -> Iterat
                 yield "train", document
 
 
+def join_chats(
+    documents: Iterable[tuple[str, Document]], recipe: DataRecipe, tally: filters.Tally
+) -> Iterator[tuple[str, Document]]:
+    """Pass everything on, then for each source with ``join`` add chats made of two or three of its training chats in a row.
+
+    Whoever learned from single questions only loses the thread at the second. The parts share source, licence and language,
+    none has a system turn, and held-out chats are in none; which ones meet is drawn by hash. Counted as ``joined``.
+    """
+    shares = {s.name: s.join for s in recipe.source if s.join and s.kind == "chat"}
+    groups: dict[tuple[str, str, str], list[Document]] = defaultdict(list)
+    for split, document in documents:
+        yield split, document
+        messages = document.meta.get("messages", ())
+        whole = bool(messages) and messages[0]["role"] == "user" and messages[-1]["role"] == "assistant"
+        if split == "train" and document.source in shares and whole:
+            groups[document.source, document.licence, document.lang].append(document)
+    for (source, licence, lang), parts in sorted(groups.items()):
+        for number in range(round(shares[source] * len(parts))):
+            draw = hash_of(recipe.seed, "join", source, licence, lang, str(number))
+            drawn = [parts[(draw >> (20 * i + 1)) % len(parts)] for i in range(2 + draw % 2)]
+            chosen = {part.id: part for part in drawn}
+            if len(chosen) < 2:
+                continue
+            messages = [m for part in chosen.values() for m in part.meta["messages"]]
+            text = "\n".join(m["content"] for m in messages)
+            joined = Document("+".join(chosen), text, lang, source, licence, {"messages": messages})
+            tally.change(joined, "joined")
+            yield "train", joined
+
+
 # -- counting and writing ----------------------------------------------------------------------------------------------
 
 
@@ -421,17 +493,21 @@ class JsonlWriter:
     def __init__(self, path: Path) -> None:
         import zstandard
 
+        self.path, self.at = path, 0
         self.file = zstandard.ZstdCompressor(level=9).stream_writer(path.open("wb"), closefd=True)
-        self.text = io.TextIOWrapper(self.file, encoding="utf-8", errors="strict", newline="\n", write_through=False)
 
-    def write(self, row: Mapping[str, Any]) -> None:
-        self.text.write(json.dumps(row, ensure_ascii=False) + "\n")
+    def write(self, row: Mapping[str, Any]) -> int:
+        """Returns the offset of the row in the unpacked file, in bytes."""
+        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        self.file.write(line)
+        self.at += len(line)
+        return self.at - len(line)
 
     def __enter__(self) -> JsonlWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.text.close()
+        self.file.close()
 
 
 def read_dataset(folder: str | Path, split: str) -> Iterator[Document]:
