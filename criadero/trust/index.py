@@ -54,7 +54,7 @@ def build_index(recipe: IndexRecipe, out: str | Path, *, overwrite: bool = False
     about = json.loads((tokens.path / "tokens.json").read_text(encoding="utf-8"))
     dataset = dataset_of(tokens, recipe.data)
     with create(out, kind="index", config=dataclasses.asdict(recipe), overwrite=overwrite) as draft:
-        draft.add_input("index_of", recipe.tokens)
+        draft.add_input("converted_from", recipe.tokens)
         if recipe.data:
             draft.add_input("contains", recipe.data)
         documents = np.load(tokens.path / "train.docs.npy", allow_pickle=False)

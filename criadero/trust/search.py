@@ -332,7 +332,7 @@ class Index:
         if text[0].isspace():
             return [plain]
         spaced = self.encode(" " + text)
-        return [plain, spaced] if spaced != plain and len(spaced) == len(plain) else [plain]
+        return [plain, spaced] if spaced != plain else [plain]
 
     def release(self) -> None:
         """Give back the memory of what was touched; it stays in the system's cache, and is mapped again when needed."""
@@ -383,7 +383,7 @@ class Query:
         act = np.arange(len(spots))
         while act.size:
             offset = shared[act] * self.per
-            mask = self.masks[np.clip(left[act] - offset, 0, self.per)]
+            mask = self.masks[np.minimum(left[act] - offset, self.per)]
             here = self.keys[starts[act] + offset] & mask
             there = self._eights(spots[act] + offset) & mask
             differs = there != here
@@ -467,6 +467,6 @@ def open_index(ref: str | Path | Artifact) -> Index:
 def tokens_id(artifact: Artifact) -> str:
     """The id of the tokens artifact that an index was built of."""
     for one in artifact.inputs:
-        if one.get("relation") == "index_of":
+        if one.get("relation") == "converted_from":
             return str(one["id"])
     raise UserError(f"{artifact.path}: its passport does not say which tokens it is of: build it again")

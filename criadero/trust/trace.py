@@ -1,0 +1,306 @@
+"""Where did this answer come from? The parts of a text that stand word for word in a model's training data.
+
+As OLMoTrace does (Liu et al. 2025, arXiv 2504.07096): the longest match from every position, spans that no other contains,
+the rarest of them by their tokens' frequency, and some documents for each. It shows overlap, and never says why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from criadero.artifact import Artifact, open_artifact, read_passport, resolve, short_id
+from criadero.errors import UserError
+from criadero.trust.asks import asks
+from criadero.trust.search import Index, Interval, Place, open_index, tokens_id
+
+CAUTION = ("verbatim overlap, not proof of cause", "coincidencia literal, no prueba de causa")
+LENGTHS = (8, 16, 32)  # the share of an answer in copied runs is told for these, in tokens
+MOST_SPANS = 200
+CJK = 0x2E80  # from here on, scripts that write no spaces: a word may begin anywhere
+
+
+@dataclass(frozen=True)
+class Found:
+    """A place in a document where a span stands, with the words around it."""
+
+    document: Place
+    before: str
+    text: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of the answer that stands in the data: tokens `start` to `end`, characters `from_char` to `to_char`."""
+
+    start: int
+    end: int
+    from_char: int
+    to_char: int
+    text: str
+    count: int  # how often it stands in the data
+    log_prob: float  # of its tokens, were they drawn one by one: the lower, the rarer
+    found: list[Found] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What :func:`trace` found. `covered` is the share of the text's tokens in copied runs of so many tokens and more."""
+
+    text: str
+    tokens: int
+    min_tokens: int
+    spans: list[Span]  # the rarest, in the order of the text
+    more: int  # spans that were not kept
+    covered: dict[int, float]
+    longest: Span | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as plain values, for JSON."""
+        values = dataclasses.asdict(self)
+        values["covered"] = {str(length): round(share, 4) for length, share in self.covered.items()}
+        values["longest_asks"] = licences_of(self.longest) if self.longest else []
+        return {**values, "caution": list(CAUTION)}
+
+
+def trace(
+    index: Index, text: str, *, min_tokens: int = 8, most_documents: int = 10, context: int = 20
+) -> Trace:  # fmt: skip
+    """Trace a text of any length in `index`: spans of `min_tokens` and more that begin and end with a word.
+
+    Kept are the ceil(0.05 tokens) rarest, at least 3 and at most 200, each with up to `most_documents` documents and
+    `context` tokens on both sides. UserError: a text without tokens, fewer than 2 tokens asked for.
+    """
+    if min_tokens < 2:
+        raise UserError(f"min_tokens must be 2 or more, not {min_tokens}: single tokens stand everywhere")
+    index.encode(text)  # says in a line when it has none
+    ids, offsets = index.tokenizer.encode_with_offsets(text)
+    lengths, spaced = matches(index, ids, text, min_tokens)
+    runs = maximal(lengths, np.arange(len(ids)), len(ids), min_tokens)
+    borders = word_starts(text, offsets)
+    spans = [
+        make_span(index, ids, spaced, offsets, text, start, end)
+        for start, end in maximal(lengths, np.flatnonzero(borders[:-1]), len(ids), min_tokens, borders)
+    ]
+    keep = min(max(3, math.ceil(0.05 * len(ids))), MOST_SPANS)
+    chosen = sorted(sorted(spans, key=lambda one: one.log_prob)[:keep], key=lambda one: one.start)
+    longest = max(runs, key=lambda run: run[1] - run[0], default=None)
+    return Trace(
+        text, len(ids), min_tokens,
+        [with_documents(index, ids, spaced, one, most_documents, context) for one in chosen],
+        len(spans) - len(chosen),
+        {length: share(runs, len(ids), length) for length in sorted({min_tokens, *LENGTHS}) if length >= min_tokens},
+        with_documents(index, ids, spaced, make_span(index, ids, spaced, offsets, text, *longest), most_documents, context)
+        if longest else None,
+    )  # fmt: skip
+
+
+def matches(index: Index, ids: list[int], text: str, at_least: int) -> tuple[np.ndarray, list[int] | None]:
+    """How many tokens stand in the data from each position, int64 [tokens]; 0 when they are fewer than `at_least`.
+
+    The second value is the text's tokens with a space before its first word, when that changes only the first token: a
+    quotation from within a sentence begins so. Then the first position's length is the larger of the two.
+    """
+    lengths = long_matches(index, ids, at_least)
+    ways = index.ways(text)
+    spaced = ways[1] if len(ways) > 1 and ways[1][1:] == ids[1:] else None
+    if spaced is not None:
+        first = int(index.longest(spaced, [0])[0])
+        if first >= at_least:
+            lengths[0] = max(lengths[0], first)
+    return lengths, spaced
+
+
+def long_matches(index: Index, ids: list[int], at_least: int) -> np.ndarray:
+    """`index.longest` at every position, where it is `at_least` and more; 0 elsewhere.
+
+    Few positions are looked at. A match of n tokens covers one of every n/2 positions, with n/2 + 1 tokens from there. And
+    the end of the longest match never moves back from one position to the next: where it is the same at two, it is so between.
+    """
+    stride = max(1, at_least // 2)
+    out = np.zeros(len(ids), np.int64)
+    coarse = np.arange(0, len(ids), stride)
+    out[coarse] = index.longest(ids, coarse)
+    reach = coarse + out[coarse]
+    before = np.concatenate([[-1], reach[:-1]])
+    between = -np.arange(1, stride)  # the positions that lie before a coarse one
+    same = coarse[(reach == before) & (out[coarse] > at_least - stride)]
+    inner = (same[:, None] + between).ravel()  # [same * (stride - 1)]
+    out[inner] = np.repeat(same + out[same], stride - 1) - inner
+    open_ = coarse[(reach != before) & (out[coarse] > at_least - stride)]
+    fine = (open_[:, None] + between).ravel()
+    fine = fine[fine >= 0]
+    if fine.size:
+        out[fine] = index.longest(ids, fine)
+    out[out < at_least] = 0
+    return out
+
+
+def maximal(
+    lengths: np.ndarray, starts: np.ndarray, end: int, at_least: int, borders: np.ndarray | None = None
+) -> list[tuple[int, int]]:
+    """(start, end) of the matches that no other one contains; with `borders` each is first cut back to where a word ends."""
+    kept: list[tuple[int, int]] = []
+    furthest = 0
+    ends = np.flatnonzero(borders) if borders is not None else np.arange(end + 1)
+    for start in starts[lengths[starts] >= at_least].tolist():
+        stop = int(ends[np.searchsorted(ends, start + int(lengths[start]), "right") - 1])
+        if stop - start >= at_least and stop > furthest:
+            kept.append((start, stop))
+            furthest = stop
+    return kept
+
+
+def word_starts(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
+    """bool [tokens + 1]: whether a word may begin at each token; the last one is the end of the text."""
+    out = np.ones(len(offsets) + 1, bool)
+    for n, (start, _) in enumerate(offsets):
+        if 0 < start < len(text):
+            within = text[start - 1].isalnum() and text[start].isalnum() and ord(text[start]) < CJK
+            out[n] = not within and (n == 0 or offsets[n - 1][0] != start)  # two tokens may share one character
+    return out
+
+
+def share(runs: list[tuple[int, int]], tokens: int, length: int) -> float:
+    """The share of `tokens` that lie in a run of `length` and more."""
+    inside = np.zeros(tokens + 1, np.int64)
+    for start, end in runs:
+        if end - start >= length:
+            inside[start] += 1
+            inside[end] -= 1
+    return float((np.cumsum(inside)[:tokens] > 0).mean()) if tokens else 0.0
+
+
+def make_span(
+    index: Index, ids: list[int], spaced: list[int] | None, offsets: list[tuple[int, int]], text: str, start: int, end: int
+) -> Span:  # fmt: skip
+    first, last = offsets[start][0], offsets[end - 1][1]
+    count = sum(hi - lo for _, lo, hi in places(index, ids, spaced, start, end))
+    rarity = float(index.log_probs[ids[start:end]].sum())
+    return Span(start, end, first, last, text[first:last], count, rarity)
+
+
+def places(index: Index, ids: list[int], spaced: list[int] | None, start: int, end: int) -> list[Interval]:
+    """Where ids[start:end] stands, and at the start of the text also with a space before it."""
+    found = index.find(ids[start:end])
+    return found + index.find(spaced[:end]) if start == 0 and spaced is not None else found
+
+
+def with_documents(
+    index: Index, ids: list[int], spaced: list[int] | None, span: Span, most: int, context: int
+) -> Span:  # fmt: skip
+    """The span with up to `most` documents that hold it."""
+    positions = index.positions(places(index, ids, spaced, span.start, span.end), 4 * most)
+    found: list[Found] = []
+    for at, number in zip(positions.tolist(), index.document_of(positions).tolist(), strict=True):
+        if len(found) == most:
+            break
+        if any(one.document.number == number for one in found):
+            continue
+        place = index.document(number)
+        end = at + span.tokens
+        found.append(
+            Found(
+                place,
+                index.text(max(place.start, at - context), at),
+                index.text(at, end),
+                index.text(end, min(place.end, end + context)),
+            )
+        )
+    return dataclasses.replace(span, found=found)
+
+
+def licences_of(span: Span) -> list[dict[str, str]]:
+    """The licences of a span's documents, and what each asks of somebody who copies it."""
+    return [
+        {"licence": one, "asks": asks(one)} for one in dict.fromkeys(found.document.licence for found in span.found)
+    ]
+
+
+# -- which index is a model's own -------------------------------------------------------------------------------------
+
+
+def data_of(model: str | Path | Artifact) -> tuple[str, set[str]]:
+    """A model's name, and the ids of all that it was made of. UserError for a model that says nothing of it."""
+    path = resolve(model)
+    passport = read_passport(path) if path.is_dir() else None
+    if passport is None:
+        raise UserError(
+            f"{path} has no passport: nobody knows what it was trained on, so no index can be its own; "
+            "look a text up in any index with criadero data search INDEX TEXT"
+        )
+    artifact = Artifact(path, passport)
+    ids = {str(row["id"]) for one in (passport, *artifact.ancestors()) for row in one.get("inputs") or []}
+    return artifact.name, ids
+
+
+def index_for(model: str | Path | Artifact, given: str | Path | None = None) -> Index:
+    """The index of a model's own training tokens: the one `given`, or one that lies beside the model or here.
+
+    UserError when the index is of tokens that the model's passport and its ancestors' do not name.
+    """
+    name, ids = data_of(model)
+    if given is not None:
+        index = open_index(given)
+        of = tokens_id(open_artifact(given))
+        if of not in ids:
+            raise UserError(
+                f"{index.path} is an index of tokens {short_id(of)}, and {name} was not made of those: a trace in it would say "
+                "nothing; give the index of the model's own data"
+            )
+        return index
+    for folder in (resolve(model).parent, Path()):
+        for one in sorted(folder.glob("*/passport.json")):
+            try:
+                beside = open_artifact(one.parent)
+                if beside.kind == "index" and tokens_id(beside) in ids:
+                    return open_index(beside)
+            except UserError:
+                continue
+    raise UserError(
+        f"no index of what {name} was trained on lies beside it: build one (criadero data index TOKENS --out DIR) and "
+        "give it with --index DIR"
+    )
+
+
+# -- the last answer of a chat ----------------------------------------------------------------------------------------
+
+
+def last_file() -> Path:
+    """Where ``criadero chat`` leaves its last answer: under ``$XDG_STATE_HOME``, ``~/.local/state`` by default."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "criadero" / "last-answer.json"
+
+
+def keep_last(model: str, answer: str) -> None:
+    """Leave an answer for ``criadero trace --last``, for this user's eyes only; a home that cannot be written is no matter."""
+    file = last_file()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(handle, "w", encoding="utf-8") as stream:
+            json.dump({"model": model, "answer": answer}, stream, ensure_ascii=False)
+    except (OSError, UnicodeError):
+        return
+
+
+def last_answer() -> tuple[str, str]:
+    """(model, answer) of the last answer of ``criadero chat``. UserError when there is none."""
+    try:
+        kept = json.loads(last_file().read_text(encoding="utf-8"))
+        return str(kept["model"]), str(kept["answer"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            "there is no last answer: talk to the model first (criadero chat MODEL), or give the text"
+        ) from None
