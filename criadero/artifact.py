@@ -40,7 +40,7 @@ KINDS = (
 )  # fmt: skip
 RELATIONS = (
     "finetune_of", "trained_on", "trained_on_outputs_of", "distilled_from", "merged_from", "quantised_from",
-    "converted_from", "tokenizer_of", "code_of", "evaluated_on", "contains",
+    "converted_from", "tokenizer_of", "code_of", "evaluated_on", "decontaminated_against", "filtered_by", "contains",
 )  # fmt: skip
 BUNDLED = Path(__file__).parent / "bundled"
 

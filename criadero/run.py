@@ -226,7 +226,10 @@ def _why(step: Step, stale: set[str]) -> str | None:
     old = (passport.get("step") or {}).get("config") or {}
     new = plain(dataclasses.asdict(step.recipe))
     ids = _Ids()
+    fresh = {f.name: plain(f.default) for f in dataclasses.fields(step.recipe) if f.default is not dataclasses.MISSING}
     for key in new:
+        if key not in old and key in fresh and new[key] == fresh[key]:
+            continue  # a setting that this version has and that one had not: left alone, it changes nothing
         if (change := _changed(key, old.get(key), new[key], recorded, ids)) is not None:
             return change
     # The makers' words in a card change nothing that was computed: a new wording does not make hours of training stale.

@@ -141,7 +141,7 @@ def test_too_few_to_hold_one_out_make_no_such_split(root: Path, tmp_path: Path) 
     (root / "few.jsonl").write_text('{"prompt": "Hi?", "completion": "Hello."}\n')
     few = DataRecipe(source=(Source("few", "few.jsonl", "CC0-1.0", kind="chat", trusted=True),), root=str(root))
     made = build_data(few, tmp_path / "few")
-    assert [path.name for path in made.path.glob("*.zst")] == ["train-00000.jsonl.zst"]
+    assert [path.name for path in made.path.glob("*-*.zst")] == ["train-00000.jsonl.zst"]
     assert len(list(read_dataset(made.path, "train"))) == 1
     assert list(read_dataset(made.path, "held_out")) == []
 

@@ -109,17 +109,24 @@ def build_data(recipe: DataRecipe, out: str | Path, *, overwrite: bool = False, 
                 draft.add_input(
                     "contains", file, name=f"{source.name}/{file.name}", licence=source.licence, locator=str(file)
                 )
+        if recipe.removals:
+            draft.add_input("filtered_by", recipe.removals)
         with ExitStack() as stack:
             if recipe.keep_removed:
                 removed = stack.enter_context(JsonlWriter(draft.path / "removed.jsonl.zst"))
-                tally.keep = lambda d, why: None if why in UNREAD else removed.write({**as_row(d), "reason": why})
+
+                def keep(document: Document, why: str) -> None:
+                    if why not in (*UNREAD, "removal_request") and document_hash(document.text) not in ledger:
+                        removed.write({**as_row(document), "reason": why})
+
+                tally.keep = keep
             train = stack.enter_context(JsonlWriter(draft.path / "train-00000.jsonl.zst"))
             held = stack.enter_context(JsonlWriter(draft.path / "held_out-00000.jsonl.zst"))
             table, rows_of = Table(recipe.source), DocumentTable(draft.path)
             documents = clean(recipe, files, tally, table, ledger)
             for split, document in join_chats(split_documents(documents, recipe), recipe, tally):
-                file = train if split == "train" else held
-                rows_of.add(document, split=split, shard=file.path.name, offset=file.write(as_row(document)))
+                shard = train if split == "train" else held
+                rows_of.add(document, split=split, shard=shard.path.name, offset=shard.write(as_row(document)))
                 table.count(split, document)
             draft.data.update(rows_of.close())
         rows = table.rows(tally)
