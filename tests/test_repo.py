@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -90,23 +92,26 @@ def test_every_dependency_is_pinned() -> None:
     assert not any("+" in version or "/" in version for version in pins.values())
 
 
+@pytest.mark.slow
 def test_the_wheel_has_what_the_demo_needs(tmp_path: Path) -> None:
-    """Templates, bundled models and examples, by hatchling's own account of what it would pack."""
-    builder = pytest.importorskip("hatchling.builders.wheel", reason="hatchling is not installed here")
-    packed = {one.distribution_path for one in builder.WheelBuilder(str(ROOT)).recurse_included_files()}
+    """Templates, bundled models and examples, in a wheel made without compiling; and no C++."""
+    pytest.importorskip("scikit_build_core", reason="scikit-build-core is not installed here")
+    code = f"from scikit_build_core.build import build_wheel as b; b({str(tmp_path)!r}, {{'wheel.cmake': 'false'}})"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    [wheel] = tmp_path.glob("*.whl")
+    packed = set(zipfile.ZipFile(wheel).namelist())
     assert "criadero/templates/criadero.jinja" in packed
     assert {"criadero/examples/tienda.jsonl", "criadero/examples/tienda.held-out.jsonl"} <= packed
     bundled = {f.relative_to(ROOT).as_posix() for f in listed() if "bundled" in f.parts}
     assert bundled <= packed
-    assert not any("__pycache__" in one or one.startswith("tests/") for one in packed)
+    assert not any("__pycache__" in one or "csrc" in one or one.startswith("tests/") for one in packed)
 
 
-def test_the_wheel_is_told_about_the_examples() -> None:
-    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"][
-        "wheel"
-    ]
-    assert wheel["packages"] == ["criadero"]
-    assert wheel["force-include"] == {"examples": "criadero/examples"}
+def test_the_wheel_is_told_what_to_pack() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["scikit-build"]
+    assert settings["wheel"]["packages"] == {"criadero": "criadero", "criadero/examples": "examples"}
+    [failed] = settings["overrides"]
+    assert failed == {"if": {"failed": True}, "wheel": {"cmake": False}}  # no compiler: installed without the kernels
 
 
 @pytest.mark.parametrize("script", ["tools/venv.sh", "tests/compat/install.sh", ".ci/run"])

@@ -1,0 +1,368 @@
+// Packing, activations' memory and sharing out: what does not depend on the instruction set.
+#include "linear.h"
+
+#include <sys/mman.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "vec.h"
+
+namespace criadero {
+
+// --- memory
+
+namespace {
+
+constexpr size_t HUGE_PAGE = size_t{2} << 20;
+
+uint8_t* allocate(size_t& bytes) {
+    const bool large = bytes >= HUGE_PAGE;
+    const size_t unit = large ? HUGE_PAGE : 64;
+    // Weights end on a 4 KiB boundary at the finest: rounding every tensor to 2 MiB would add up in a small model
+    const size_t step = large ? 4096 : 64;
+    bytes = (bytes + step - 1) / step * step;
+    void* memory = nullptr;
+    if (posix_memalign(&memory, unit, bytes) != 0) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+    if (large) madvise(memory, bytes, MADV_HUGEPAGE);  // only advice: a refusal costs speed
+#endif
+    return static_cast<uint8_t*>(memory);
+}
+
+}  // namespace
+
+Buffer::Buffer(size_t bytes) { reserve(bytes); }
+Buffer::~Buffer() { std::free(data); }
+Buffer::Buffer(Buffer&& other) noexcept : data(std::exchange(other.data, nullptr)), size(std::exchange(other.size, 0)) {}
+Buffer& Buffer::operator=(Buffer&& other) noexcept {
+    std::swap(data, other.data);
+    std::swap(size, other.size);
+    return *this;
+}
+void Buffer::reserve(size_t bytes) {
+    if (bytes <= size) return;
+    std::free(data);
+    data = nullptr;
+    size = 0;
+    data = allocate(bytes);
+    size = bytes;
+}
+
+// --- packing
+
+namespace {
+
+void refuse(bool wrong, const std::string& what) {
+    if (wrong) throw std::invalid_argument(what);
+}
+
+int round_up(int n, int step) { return (n + step - 1) / step * step; }
+
+// Sizes and an empty buffer. `bits` a weight; `numbers` scales (and mins) of 2 bytes for each tile row, or, with group 0, one of 4.
+Linear layout(Kind kind, int rows, int columns, int group, int bits, int tables) {
+    refuse(rows <= 0 || columns <= 0, "a matrix of " + std::to_string(rows) + " x " + std::to_string(columns) + " cannot be packed");
+    refuse(columns > 1 << 20, std::to_string(columns) + " columns are more than the 1048576 whose sums fit");
+    Linear w;
+    w.kind = kind;
+    w.rows = rows;
+    w.columns = columns;
+    w.padded = round_up(columns, SLICE);
+    w.group = group;
+    w.tiles = (rows + TILE - 1) / TILE;
+    w.scale_bytes = static_cast<size_t>(w.padded) * TILE * bits / 8;
+    const size_t scales = group ? static_cast<size_t>(w.padded / group) * TILE * 2 * tables : TILE * 4 * static_cast<size_t>(tables);
+    w.tile_bytes = (w.scale_bytes + scales + 63) / 64 * 64;
+    w.buffer = Buffer(w.tile_bytes * static_cast<size_t>(w.tiles));
+    w.data = w.buffer.data;
+    return w;
+}
+
+float at(const Floats& table, size_t i) {
+    return table.half ? half_to_float(static_cast<const uint16_t*>(table.data)[i]) : static_cast<const float*>(table.data)[i];
+}
+
+// The power of two that brings the largest of the tables' numbers to the top of f16's range, so that the small ones do not become
+// subnormal. It multiplies f16 input exactly.
+int exponent_of(Pool& pool, const Floats& scales, const Floats& mins, size_t count) {
+    std::vector<float> most(static_cast<size_t>(pool.threads()), 0.0f);
+    pool.run([&](Worker& me) {
+        float top = 0;
+        const size_t from = count * static_cast<size_t>(me.index) / static_cast<size_t>(me.count);
+        const size_t to = count * static_cast<size_t>(me.index + 1) / static_cast<size_t>(me.count);
+        for (const Floats* table : {&scales, &mins}) {
+            if (!table->data) continue;
+            for (size_t i = from; i < to; ++i) {
+                const float value = std::fabs(at(*table, i));
+                if (!(value <= top)) top = value;  // a NaN stays
+                if (value != value) break;
+            }
+            if (top != top) break;
+        }
+        most[static_cast<size_t>(me.index)] = top;
+    });
+    float top = 0;
+    for (float one : most) top = one > top || one != one ? one : top;
+    refuse(!std::isfinite(top), "scales: a number that is not finite");
+    if (top == 0) return 0;
+    int exponent;
+    std::frexp(top, &exponent);  // top < 2^exponent
+    return 15 - exponent;
+}
+
+// Nibbles of 8 columns c0..c7, c0 lowest -> c0 c4 c1 c5 c2 c6 c3 c7: byte i then holds column i low and column i + 4 high.
+inline uint32_t shuffle_nibbles(uint32_t x) {
+    // a perfect shuffle of the eight nibbles, in two exchanges
+    uint32_t t = (x ^ (x >> 8)) & 0x0000ff00u;
+    x ^= t ^ (t << 8);
+    t = (x ^ (x >> 4)) & 0x00f000f0u;
+    return x ^ t ^ (t << 4);
+}
+
+}  // namespace
+
+Linear pack_quant(Pool& pool, int rows, int columns, int bits, int group, const void* q, Floats scales, Floats mins) {
+    refuse(bits != 4 && bits != 8, std::to_string(bits) + " bits: 4 and 8 are known");
+    refuse(!q || !scales.data, "no weights or no scales");
+    refuse(mins.data && bits != 4, "mins go with 4 bits");
+    refuse(rows <= 0 || columns <= 0, "a matrix of " + std::to_string(rows) + " x " + std::to_string(columns) + " cannot be packed");
+    const bool known = group > 0 && columns % group == 0 && (group % 32 == 0 || (bits == 8 && (group == 16 || group == columns)));
+    refuse(!known, "groups of " + std::to_string(group) + " in " + std::to_string(columns) + " columns: a multiple of 32 that divides them" +
+                       (bits == 8 ? ", 16, or all columns" : "") + " is needed");
+    const bool per_row = bits == 8 && group == columns;
+    // Groups that the kernels know: scales of larger ones are repeated. 64 as two of 32: it is too rare for code of its own.
+    const int common = std::gcd(group, SPAN);
+    const int inner = per_row ? 0 : common == 64 ? 32 : common;
+    const Kind kind = bits == 8 ? Kind::int8 : mins.data ? Kind::int4_mins : Kind::int4;
+    Linear w = layout(kind, rows, columns, inner, bits, mins.data ? 2 : 1);
+    const int groups = columns / group;
+    const int exponent = per_row ? 0 : exponent_of(pool, scales, mins, static_cast<size_t>(rows) * static_cast<size_t>(groups));
+    w.unit = std::ldexp(1.0f, -exponent);
+    const float up = std::ldexp(1.0f, exponent);
+
+    pool.run([&](Worker& me) {
+        for (int t = me.first(w.tiles); t < me.last(w.tiles); ++t) {
+            uint8_t* tile = w.buffer.data + static_cast<size_t>(t) * w.tile_bytes;
+            const int filled = rows - t * TILE < TILE ? rows - t * TILE : TILE;
+            if (bits == 4) {
+                for (int r = 0; r < TILE; ++r) {
+                    uint32_t* to = reinterpret_cast<uint32_t*>(tile) + r;
+                    const uint8_t* from = static_cast<const uint8_t*>(q) + (static_cast<size_t>(t) * TILE + r) * (columns / 2);
+                    for (int k = 0; k < columns / 8; ++k, to += TILE) {
+                        uint32_t word = 0x88888888u;  // zero, where there is no row
+                        if (r < filled) std::memcpy(&word, from + 4 * k, 4);
+                        *to = shuffle_nibbles(word);
+                    }
+                }
+            } else {
+                for (int r = 0; r < TILE; ++r) {
+                    uint32_t* to = reinterpret_cast<uint32_t*>(tile) + r;
+                    const int8_t* from = static_cast<const int8_t*>(q) + (static_cast<size_t>(t) * TILE + r) * columns;
+                    for (int k = 0; k < w.padded / 4; ++k, to += TILE) {
+                        uint32_t word = 0;
+                        if (r < filled) std::memcpy(&word, from + 4 * k, static_cast<size_t>(least(4, most(0, columns - 4 * k))));
+                        *to = word ^ 0x80808080u;  // -128..127 as 0..255
+                    }
+                }
+            }
+            if (per_row) {
+                float* to = reinterpret_cast<float*>(tile + w.scale_bytes);
+                for (int r = 0; r < TILE; ++r) to[r] = r < filled ? at(scales, static_cast<size_t>(t) * TILE + r) : 0.0f;
+                continue;
+            }
+            uint16_t* to = reinterpret_cast<uint16_t*>(tile + w.scale_bytes);
+            for (const Floats* table : {&scales, &mins}) {
+                if (!table->data) continue;
+                for (int g = 0; g < w.padded / inner; ++g) {
+                    const int source = g * inner / group;
+                    for (int r = 0; r < TILE; ++r) {
+                        const bool there = r < filled && source < groups;
+                        *to++ = there ? float_to_half(at(*table, (static_cast<size_t>(t) * TILE + r) * groups + source) * up) : 0;
+                    }
+                }
+            }
+        }
+    });
+    return w;
+}
+
+Linear pack_f32(Pool& pool, int rows, int columns, const float* from) {
+    Linear w = layout(Kind::f32, rows, columns, 0, 32, 0);
+    pool.run([&](Worker& me) {
+        for (int t = me.first(w.tiles); t < me.last(w.tiles); ++t) {
+            float* tile = reinterpret_cast<float*>(w.buffer.data + static_cast<size_t>(t) * w.tile_bytes);
+            for (int r = 0; r < TILE; ++r) {
+                const int n = t * TILE + r;
+                for (int k = 0; k < w.padded; ++k) tile[k * TILE + r] = n < rows && k < columns ? from[static_cast<size_t>(n) * columns + k] : 0;
+            }
+        }
+    });
+    return w;
+}
+
+Linear pack_bf16(Pool& pool, int rows, int columns, const uint16_t* from) {
+    Linear w = layout(Kind::bf16, rows, columns, 0, 16, 0);
+    pool.run([&](Worker& me) {
+        for (int t = me.first(w.tiles); t < me.last(w.tiles); ++t) {
+            uint16_t* tile = reinterpret_cast<uint16_t*>(w.buffer.data + static_cast<size_t>(t) * w.tile_bytes);
+            for (int r = 0; r < TILE; ++r) {
+                const int n = t * TILE + r;
+                for (int k = 0; k < w.padded; ++k) {
+                    // pairs of columns: [K / 2][16][2]
+                    tile[(k / 2 * TILE + r) * 2 + k % 2] = n < rows && k < columns ? from[static_cast<size_t>(n) * columns + k] : 0;
+                }
+            }
+        }
+    });
+    return w;
+}
+
+void unpack_row(const Linear& w, int n, float* out) {
+    refuse(n < 0 || n >= w.rows, "row " + std::to_string(n) + " of " + std::to_string(w.rows));
+    const uint8_t* tile = w.data + static_cast<size_t>(n / TILE) * w.tile_bytes;
+    const int r = n % TILE;
+    const uint16_t* halves = reinterpret_cast<const uint16_t*>(tile + w.scale_bytes);
+    for (int k = 0; k < w.columns; ++k) {
+        switch (w.kind) {
+            case Kind::int4:
+            case Kind::int4_mins: {
+                const int u = (tile[k / 8 * 64 + r * 4 + k % 4] >> (k % 8 / 4 * 4)) & 15;
+                const int g = k / w.group;
+                const float scale = half_to_float(halves[g * TILE + r]) * w.unit;
+                if (w.kind == Kind::int4) out[k] = static_cast<float>(u - 8) * scale;
+                else out[k] = static_cast<float>(u) * scale - half_to_float(halves[(w.padded / w.group + g) * TILE + r]) * w.unit;
+                break;
+            }
+            case Kind::int8: {
+                const int v = tile[k / 4 * 64 + r * 4 + k % 4] - 128;
+                const float scale = w.group ? half_to_float(halves[k / w.group * TILE + r]) * w.unit
+                                            : reinterpret_cast<const float*>(tile + w.scale_bytes)[r];
+                out[k] = static_cast<float>(v) * scale;
+                break;
+            }
+            case Kind::bf16: out[k] = bf16_to_float(reinterpret_cast<const uint16_t*>(tile)[(k / 2 * TILE + r) * 2 + k % 2]); break;
+            case Kind::f32: out[k] = reinterpret_cast<const float*>(tile)[k * TILE + r]; break;
+        }
+    }
+}
+
+// --- activations
+
+namespace {
+
+int width_for(int rows) {
+    for (int width : {1, 2, 3, 4, 6, 8, 12}) {
+        if (rows <= width) return width;
+    }
+    return BLOCK;
+}
+
+}  // namespace
+
+unsigned needs(const Linear& w) {
+    switch (w.kind) {
+        case Kind::f32: return FORM_F32;
+        case Kind::bf16: return linear_kernels().bf16 ? FORM_BF16 : FORM_F32;
+        case Kind::int8: return w.group == 16 ? FORM_INT8 | FORM_FINE : FORM_INT8;
+        default: return FORM_INT8;
+    }
+}
+
+int Activations::blocks() const { return (rows + BLOCK - 1) / BLOCK; }
+
+void Activations::resize(int m, int k, unsigned wanted) {
+    refuse(m <= 0 || k <= 0, "activations of " + std::to_string(m) + " x " + std::to_string(k));
+    rows = m;
+    columns = k;
+    padded = round_up(k, SLICE);
+    forms = wanted;
+    const size_t places = static_cast<size_t>(blocks()) * BLOCK * static_cast<size_t>(padded);
+    if (forms & (FORM_INT8 | FORM_FINE)) {
+        q_.reserve(places);
+        scales_.reserve(static_cast<size_t>(blocks()) * BLOCK * static_cast<size_t>((padded + SPAN - 1) / SPAN) * 4);
+        sums_.reserve(places / SLICE * 4);
+    }
+    if (forms & FORM_FINE) fine_.reserve(places / SLICE * 8);
+    if (forms & FORM_BF16) bf16_.reserve(places * 2);
+    if (forms & FORM_F32) f32_.reserve(places * 4);
+    const Block last = block(blocks() - 1);
+    if (last.width == last.rows) return;
+    const size_t count = static_cast<size_t>(last.width) * static_cast<size_t>(padded);
+    if (last.q) {
+        std::memset(last.q, 0, count);
+        std::memset(last.scales, 0, static_cast<size_t>(last.width) * static_cast<size_t>((padded + SPAN - 1) / SPAN) * 4);
+        std::memset(last.sums, 0, count / SLICE * 4);
+    }
+    if (last.fine) std::memset(last.fine, 0, count / SLICE * 8);
+    if (last.bf16) std::memset(last.bf16, 0, count * 2);
+    if (last.f32) std::memset(last.f32, 0, count * 4);
+}
+
+Block Activations::block(int index) const {
+    Block b;
+    b.rows = rows - index * BLOCK < BLOCK ? rows - index * BLOCK : BLOCK;
+    b.width = width_for(b.rows);
+    b.padded = padded;
+    b.forms = forms;
+    const size_t place = static_cast<size_t>(index) * BLOCK * static_cast<size_t>(padded);
+    if (forms & (FORM_INT8 | FORM_FINE)) {
+        b.q = q_.as<int8_t>() + place;
+        b.scales = scales_.as<float>() + static_cast<size_t>(index) * BLOCK * static_cast<size_t>((padded + SPAN - 1) / SPAN);
+        b.sums = sums_.as<int32_t>() + place / SLICE;
+    }
+    if (forms & FORM_FINE) b.fine = fine_.as<int32_t>() + place / SLICE * 2;
+    if (forms & FORM_BF16) b.bf16 = bf16_.as<uint16_t>() + place;
+    if (forms & FORM_F32) b.f32 = f32_.as<float>() + place;
+    return b;
+}
+
+void prepare(const Activations& a, int row, int from, int to, const float* x) {
+    linear_kernels().prepare(a.block(row / BLOCK), row % BLOCK, from, to, a.columns, x);
+}
+
+// --- sharing out
+
+const LinearKernels& linear_kernels() {
+    switch (level()) {
+#if defined(__x86_64__)
+        case Level::avx512: return cpu().avx512_bf16 ? linear_avx512_bf16() : linear_avx512();
+        case Level::avx2: return linear_avx2();
+#elif defined(__aarch64__)
+        case Level::neon: return linear_neon();
+#endif
+        default: return linear_portable();
+    }
+}
+
+void run_jobs(Worker& worker, const Job* jobs, int count, const Activations& a) {
+    const LinearKernels& kernels = linear_kernels();
+    // Pieces of about this many bytes of weights: they stay in a core's second-level cache while block after block of rows goes by, and are
+    // so many that fast and slow cores end together.
+    constexpr size_t PIECE = 128 << 10;
+    int total = 0;
+    auto tiles_of = [](const Weights& w) {
+        const size_t tiles = PIECE / w.tile_bytes;
+        return tiles < 1 ? 1 : static_cast<int>(tiles);
+    };
+    auto pieces_of = [&](const Weights& w) { return (w.tiles + tiles_of(w) - 1) / tiles_of(w); };
+    for (int j = 0; j < count; ++j) total += pieces_of(*jobs[j].w);
+    for (int piece = worker.next(); piece < total; piece = worker.next()) {
+        int rest = piece, j = 0;
+        while (rest >= pieces_of(*jobs[j].w)) rest -= pieces_of(*jobs[j++].w);
+        const Job& job = jobs[j];
+        const int each = tiles_of(*job.w), first = rest * each, last = least(first + each, job.w->tiles);
+        for (int b = 0; b < a.blocks(); ++b) {
+            Block block = a.block(b);
+            block.again = a.blocks() > 1;
+            kernels.tiles(*job.w, block, first, last, job.y + static_cast<size_t>(b) * BLOCK * job.stride, job.stride, job.add);
+        }
+    }
+}
+
+}  // namespace criadero

@@ -1,0 +1,153 @@
+// y = x W^T for weights in 4 or 8 bits, bf16 or f32, and activations in f32 that are turned, once a row, into what the weights need.
+//
+//   Activations a;                                       one for each distinct width, kept between calls
+//   a.resize(M, K, needs(wq) | needs(wk) | needs(wv));   by one thread, before a barrier
+//   prepare(a, row, 0, K, x + row * K);                  by any thread, any row; then a barrier
+//   Job jobs[] = {{&wq, q, Nq}, {&wk, k, Nk}, {&wv, v, Nv}};
+//   run_jobs(worker, jobs, 3, a);                        by every thread of the region; then a barrier
+//
+// Every output is the result of the same float operations in the same order whatever M is and whoever computes it: rows are independent, to
+// the bit. Integer sums are exact; the float part runs over groups of columns from left to right.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "cpu.h"
+#include "pool.h"
+
+namespace criadero {
+
+constexpr int TILE = 16;     // output rows whose weights lie interleaved
+constexpr int SLICE = 32;    // columns: the unit of padding
+constexpr int SPAN = 128;    // columns of activations that share one scale
+constexpr int BLOCK = 16;    // activation rows that lie interleaved, at most
+
+// 64-byte aligned memory, of huge pages where the system grants them. Zeroed on request only.
+struct Buffer {
+    Buffer() = default;
+    explicit Buffer(size_t bytes);
+    ~Buffer();
+    Buffer(Buffer&& other) noexcept;
+    Buffer& operator=(Buffer&& other) noexcept;
+    // At least so many bytes; what was there may be lost.
+    void reserve(size_t bytes);
+    template <class T>
+    T* as() const {
+        return reinterpret_cast<T*>(data);
+    }
+    uint8_t* data = nullptr;
+    size_t size = 0;
+};
+
+enum class Kind : uint8_t { int4, int4_mins, int8, bf16, f32 };
+
+// Forms of activations that a Linear can need; an Activations holds any set of them.
+constexpr unsigned FORM_INT8 = 1;   // int8 with one scale for each SPAN columns
+constexpr unsigned FORM_FINE = 2;   // with it, sums for each 16 columns (weights in groups of 16)
+constexpr unsigned FORM_BF16 = 4;
+constexpr unsigned FORM_F32 = 8;
+
+// The packed weights as the kernels see them. Tile t holds rows 16 t .. 16 t + 15, `tile_bytes` from one to the next: first the numbers,
+// column by column in the order of the kernels' loads, then (at `scale_bytes`) the scales [groups][16] and the mins [groups][16].
+struct Weights {
+    Kind kind = Kind::f32;
+    int rows = 0;            // N, the outputs
+    int columns = 0;         // K, the inputs
+    int padded = 0;          // K rounded up to SLICE; columns beyond K are zero
+    int group = 0;           // columns sharing one scale: 16, 32 or 128; 0 = one a row
+    int tiles = 0;           // ceil(N / TILE)
+    size_t tile_bytes = 0;
+    size_t scale_bytes = 0;
+    float unit = 1;          // the power of two that stored f16 scales and mins are to be multiplied by
+    const uint8_t* data = nullptr;
+};
+
+struct Linear : Weights {
+    Buffer buffer;
+    size_t bytes() const { return buffer.size; }
+};
+
+// The weights, repacked by the threads of the pool. All throw std::invalid_argument when sizes do not fit together.
+// q: bits 8, int8 [N, K]; bits 4, uint8 [N, K / 2], column 2j in the low nibble, u in 0..15.
+// scales, mins: [N, K / group], f16 or f32. Without mins w = (u - 8) * scale or q * scale; with them (bits 4) w = u * scale - min.
+// Group: K, 16 (bits 8 only) or a multiple of 32 that divides K. Scales of groups are kept as f16 under one power of two for the whole
+// tensor: f16 input is kept exactly, f32 input to 2^-12 of each scale. One scale a row is kept as f32.
+struct Floats {  // a view of [N, G] numbers in f16 or f32
+    const void* data = nullptr;
+    bool half = false;
+};
+Linear pack_quant(Pool& pool, int rows, int columns, int bits, int group, const void* q, Floats scales, Floats mins);
+Linear pack_f32(Pool& pool, int rows, int columns, const float* w);
+Linear pack_bf16(Pool& pool, int rows, int columns, const uint16_t* w);
+
+// Row n (a word's embedding, where the head is tied to it) as f32 [K].
+void unpack_row(const Linear& w, int n, float* out);
+
+// The forms that this Linear needs at the current level.
+unsigned needs(const Linear& w);
+
+// Rows 16 b .. 16 b + 15 of the activations, as the kernels see them, `width` of them interleaved (1, 2, 3, 4, 6, 8, 12 or 16; rows beyond
+// `rows` are zero): slice by slice of 32 columns [width][32] numbers, and beside them scales and sums.
+struct Block {
+    int rows = 0;
+    int width = 0;
+    int padded = 0;             // columns, a multiple of SLICE
+    unsigned forms = 0;         // those of the pointers below that are there
+    bool again = false;         // the weights are used for further blocks: keep them in cache
+    int8_t* q = nullptr;        // [slices][width][32]
+    float* scales = nullptr;    // [spans][width]: x = q * scale
+    int32_t* sums = nullptr;    // [slices][width]: -8 x the sum of the 32 numbers
+    int32_t* fine = nullptr;    // [slices][2][width]: the same of each 16 numbers
+    uint16_t* bf16 = nullptr;   // [slices][width][32]
+    float* f32 = nullptr;       // [slices][width][32]
+};
+
+// M rows of activations in blocks: row m is row m % 16 of block m / 16.
+struct Activations {
+    int rows = 0;
+    int columns = 0;
+    int padded = 0;
+    unsigned forms = 0;
+    // Makes room; contents are undefined afterwards. By one thread, seen by the others after a barrier.
+    void resize(int rows, int columns, unsigned forms);
+    int blocks() const;
+    Block block(int index) const;
+
+   private:
+    Buffer q_, scales_, sums_, fine_, bf16_, f32_;
+};
+
+// Columns [from, to) of row `row` from x[0 .. to - from). `from` is a multiple of SPAN; `to` is one too, or K. Different pieces may be
+// prepared by different threads.
+void prepare(const Activations& a, int row, int from, int to, const float* x);
+
+// One product: y[m * stride + n], for all rows m of the activations. With `add`, added to what is there (a residual stream).
+struct Job {
+    const Linear* w;
+    float* y;
+    size_t stride;
+    bool add = false;
+};
+
+// Products of the same activations, shared out among the threads in pieces that fit their caches. Called by every thread of the region,
+// with the same arguments, once between two barriers (it uses Worker::next). Ends without a barrier.
+void run_jobs(Worker& worker, const Job* jobs, int count, const Activations& a);
+
+// What one instruction set provides; linear_*.cpp have one each. They are compiled with their own flags, so they must use nothing that the
+// linker could take for other files too: no inline function of this header, no std:: template (see vec.h).
+struct LinearKernels {
+    // Columns [from, to) of row `row` of the block.
+    void (*prepare)(const Block& block, int row, int from, int to, int columns, const float* x);
+    // Tiles [first, last) for all rows of the block, whose first row goes to y.
+    void (*tiles)(const Weights& w, const Block& block, int first, int last, float* y, size_t stride, bool add);
+    bool bf16;  // bf16 weights take bf16 activations; else f32
+};
+const LinearKernels& linear_portable();
+const LinearKernels& linear_avx2();
+const LinearKernels& linear_avx512();
+const LinearKernels& linear_avx512_bf16();
+const LinearKernels& linear_neon();
+const LinearKernels& linear_kernels();  // of the current level
+
+}  // namespace criadero

@@ -1,0 +1,7 @@
+#include <nanobind/nanobind.h>
+
+#include "bindings.h"
+
+namespace criadero {
+void bind_probes(nanobind::module_&) {}
+}  // namespace criadero
