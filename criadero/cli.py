@@ -1,7 +1,7 @@
 """The command line: verb -> module, imported when the verb runs (``criadero --help`` imports neither torch nor tokenizers).
 
 Results go to standard output, what is said on the way to standard error. Exit codes: 0, 2 for a mistake in what was given
-(one line, ``error: ...``), 130 after Ctrl-C; a traceback is a bug.
+(one line, ``error: ...``), 130 after Ctrl-C; ``licence check`` also 3 (conflict) and 4 (not known). A traceback is a bug.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ data_app = typer.Typer(help="Look at data, and make it ready: documents, tokeniz
 passport_app = typer.Typer(help="Check what an artifact says of itself.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(passport_app, name="passport")
+licence_app = typer.Typer(help="Say what the licences of all that an artifact was made of ask.", no_args_is_help=True)
+app.add_typer(licence_app, name="licence")
 
 Out = Annotated[Path | None, typer.Option("--out", help="where the artifact goes (a new folder)")]
 Words = Annotated[list[str] | None, typer.Argument(hidden=True)]  # positional words and recipe fields, told apart later
@@ -265,6 +267,55 @@ def passport_verify(
         if not problems:
             print(f"{resolve(folder)}: every file is as its passport says")
     raise typer.Exit(2 if problems else 0)
+
+
+@licence_app.command("check")
+def licence_check(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="a bundled model or a folder")],
+    commercial: Annotated[bool, typer.Option("--commercial", help="it is used for money")] = False,
+    distribute: Annotated[bool, typer.Option("--distribute", help="it is given to others")] = False,
+    name: Annotated[str | None, typer.Option(help="the name it is shared under; default: its own")] = None,
+    licence: Annotated[
+        str | None, typer.Option(help="the licence it is shared under; default: the declared one")
+    ] = None,
+    mau: Annotated[
+        list[str] | None, typer.Option(metavar="MONTH=NUMBER", help="your monthly users then, such as 2023-06=7.1e8")
+    ] = None,
+    region: Annotated[str | None, typer.Option(help="where you are established: EU, or two letters such as ES")] = None,
+    end_user: Annotated[bool, typer.Option("--end-user", help="you got it inside a product for end users")] = False,
+    data_effect: Annotated[
+        str, typer.Option(help="what licences of training data do to the weights: none, attribution or careful")
+    ] = "attribution",
+    fix: Annotated[bool, typer.Option("--fix", help="write what is missing into a sealed copy")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="the copy of --fix; default: DIR-licensed")] = None,
+    texts: Annotated[Path | None, typer.Option("--texts", help="a folder with licence texts for --fix")] = None,
+    lang: Annotated[str, typer.Option(help="language of the text: en or es")] = "en",
+    as_json: AsJson = False,
+) -> None:
+    """Duties and conflicts along the lineage: exit 0 in order (duties or none), 2 bad input, 3 conflict, 4 not known."""
+    from criadero.trust import licence_report, licences
+    from criadero.trust.licence_fix import fix as write
+    from criadero.trust.licence_fix import left_to_do
+
+    intent = licences.Intent(
+        commercial=commercial, distribute=distribute, mau=licences.parse_mau(mau or []), end_user=end_user, name=name,
+        region=licences.parse_region(region), declared=licence, data_effect=data_effect,
+    )  # fmt: skip
+    licence_report.check_language(lang)
+    if not fix and (out or texts):
+        raise UserError("--out and --texts say where --fix writes and reads: give --fix too")
+    report = licences.check(folder, intent)
+    if fix:
+        made, wrote = write(folder, report, out or f"{str(folder).rstrip('/')}-licensed", texts=texts)
+        print(f"{made.path}: {', '.join(wrote) or 'name or licence changed'}", file=sys.stderr)
+        report = licences.check(made, intent)
+        for missing in left_to_do(report):
+            print(f"note: no text of {missing} is at hand: give its folder with --texts", file=sys.stderr)
+    if as_json:
+        print(json.dumps(licence_report.as_dict(report, lang), ensure_ascii=False, indent=2))
+    else:
+        print(licence_report.describe(report, lang))
+    raise typer.Exit(report.exit_code)
 
 
 # -- the way out ------------------------------------------------------------------------------------------------------
