@@ -16,7 +16,7 @@ LAYERS = [
     {"artifact", "recipe", "passport", "merkle", "machine"},
     {"config", "tokenizer", "sentencepiece_file", "template_sandbox", "chat", "kernels"},
     {"model", "lora", "checkpoints", "data", "card"},
-    {"train", "engine", "quantize"},
+    {"train", "engine", "quantization"},
     {"trust"},
     {"run", "demo", "terminal", "summary", "export"},
     {"cli"},

@@ -16,6 +16,13 @@ from criadero.chat import Template, load_template
 from criadero.checkpoints.gguf import read_gguf, read_gguf_config, write_gguf
 from criadero.checkpoints.gguf_vocab import read_gguf_template, read_gguf_tokenizer
 from criadero.checkpoints.meta import is_meta_folder, read_meta
+from criadero.checkpoints.packed import (
+    dequantised_state,
+    is_quantised,
+    load_quantised,
+    read_quantised,
+    write_quantised,
+)  # fmt: skip
 from criadero.checkpoints.safetensors_hf import read_config, read_hf, read_json, save_hf
 from criadero.checkpoints.states import build
 from criadero.errors import UserError
@@ -23,18 +30,22 @@ from criadero.model import Llama, ModelConfig
 from criadero.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
+    "is_quantised",
     "load_config",
     "load_model",
+    "load_quantised",
     "read_gguf",
     "read_gguf_config",
     "read_gguf_template",
     "read_gguf_tokenizer",
     "read_hf",
     "read_meta",
+    "read_quantised",
     "save_hf",
     "template_of",
     "tokenizer_of",
     "write_gguf",
+    "write_quantised",
 ]
 
 Ref = str | Path | Artifact
@@ -44,7 +55,7 @@ ADAPTER = "adapter_config.json"
 def load_model(ref: Ref, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Llama:
     """The model that ``ref`` means: a bundled name, an artifact, a Hugging Face or Meta folder, a ``.gguf`` file.
 
-    An adapter is merged into its base. ``dtype`` default: as stored (float32 for quantised GGUF). In evaluation mode.
+    An adapter is merged into its base. ``dtype`` default: as stored (float32 for what was quantised). In evaluation mode.
     """
     path = _place(ref)
     if path.is_dir() and (path / ADAPTER).is_file():
@@ -159,7 +170,9 @@ def _read(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         return config, state
     if is_meta_folder(path):
         return read_meta(path)
-    return read_hf(_model_folder(path))
+    if is_quantised(_model_folder(path)):
+        return dequantised_state(path)
+    return read_hf(path)
 
 
 def _gguf(path: Path) -> Path:

@@ -50,7 +50,9 @@ def read_json(path: Path, limit: int = HEADER_LIMIT) -> dict[str, Any]:
 def read_config(folder: str | Path) -> ModelConfig:
     """The configuration of a Hugging Face folder, in the spelling of transformers 4 or 5."""
     path = Path(folder) / "config.json"
-    return ModelConfig.from_hf(read_json(path), where=str(path))
+    values = read_json(path)
+    values.pop("quantization_config", None)  # how the weights are stored, not what they are; `packed` looks at it
+    return ModelConfig.from_hf(values, where=str(path))
 
 
 def read_safetensors_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -182,6 +184,13 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def write_generation(config: ModelConfig, folder: Path) -> None:
+    """``generation_config.json``: the ids that begin, end and fill."""
+    eos = list(config.eos_token_id) if isinstance(config.eos_token_id, tuple) else config.eos_token_id
+    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": eos, "pad_token_id": config.pad_token_id}
+    write_json(folder / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
+
+
 def save_hf(
     model_or_state: Llama | Mapping[str, Tensor],
     config: ModelConfig,
@@ -226,8 +235,6 @@ def save_hf(
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_json(folder / "model.safetensors.index.json", index)
         write_json(folder / "config.json", legacy_config(config, dtype))
-        eos = list(config.eos_token_id) if isinstance(config.eos_token_id, tuple) else config.eos_token_id
-        generation = {"bos_token_id": config.bos_token_id, "eos_token_id": eos, "pad_token_id": config.pad_token_id}
-        write_json(folder / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
+        write_generation(config, folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
