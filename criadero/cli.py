@@ -1,7 +1,8 @@
 """The command line: verb -> module, imported when the verb runs (``criadero --help`` imports neither torch nor tokenizers).
 
 Results go to standard output, what is said on the way to standard error. Exit codes: 0, 2 for a mistake in what was given
-(one line, ``error: ...``), 130 after Ctrl-C; ``licence check`` also 3 (conflict) and 4 (not known). A traceback is a bug.
+(one line, ``error: ...``), 130 after Ctrl-C; ``licence check`` and
+``passport verify`` have more, told in their help. A traceback is a bug.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from criadero import cli_passport, cli_trace
 from criadero.errors import UserError
 
 _PLAIN: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
@@ -36,9 +38,10 @@ app = typer.Typer(
     context_settings=_PLAIN,
 )
 data_app = typer.Typer(help="Look at data, and make it ready: documents, tokenizer, tokens.", no_args_is_help=True)
-passport_app = typer.Typer(help="Check what an artifact says of itself.", no_args_is_help=True)
+passport_app = typer.Typer(help="Check, sign, export and prove what an artifact says of itself.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(passport_app, name="passport")
+cli_passport.add(passport_app)
 licence_app = typer.Typer(help="Say what the licences of all that an artifact was made of ask.", no_args_is_help=True)
 app.add_typer(licence_app, name="licence")
 
@@ -84,8 +87,18 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token")] = 0.3,
     max_tokens: Annotated[int, typer.Option(help="the longest answer, in tokens")] = 200,
     seed: Annotated[int | None, typer.Option(help="the same seed gives the same answers")] = None,
+    require_passport: Annotated[
+        bool, typer.Option("--require-passport", help="open it only when every file is as its passport says")
+    ] = False,
+    pubkey: Annotated[
+        Path | None, typer.Option("--pubkey", help="and when it is signed with this key (implies --require-passport)")
+    ] = None,
 ) -> None:
     """Talk to a model in the terminal."""
+    if require_passport or pubkey:
+        from criadero.trust.verify import require
+
+        require(model, pubkey=pubkey)
     from criadero.terminal import chat as talk
 
     talk(model, system=system, temperature=temperature, max_tokens=max_tokens, seed=seed)
@@ -220,6 +233,9 @@ _add_stage(
 )  # fmt: skip
 _add_stage(data_app, "tokenizer", "tokenizer", ("data",), "Train a byte-level BPE tokenizer on a dataset.")
 _add_stage(data_app, "pack", "tokens", ("data",), "A dataset to token shards, ready for pretraining.")
+_add_stage(data_app, "index", "index", ("tokens",), "Tokens to an index, in which any text is found at once.")
+_add_stage(data_app, "unique", "unique", ("tokens", "index"), "Tokens without the passages that stand in them twice.")
+cli_trace.add(app, data_app)
 
 
 # -- recipes and artifacts --------------------------------------------------------------------------------------------
@@ -241,32 +257,18 @@ def run(
 @app.command()
 def show(
     ref: Annotated[str, typer.Argument(metavar="REF", help="a bundled model or a folder")],
+    lineage: Annotated[bool, typer.Option("--lineage", help="print only its family tree")] = False,
+    svg: Annotated[
+        Path | None, typer.Option("--svg", help="draw the family tree into this file (.svg or .html)")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what an artifact is and what it was made of."""
+    if lineage or svg:
+        return cli_passport.picture(ref, lineage, svg)
     from criadero.summary import as_dict, describe
 
     print(json.dumps(as_dict(ref), ensure_ascii=False, indent=2) if as_json else describe(ref))
-
-
-@passport_app.command("verify")
-def passport_verify(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="a bundled model or a folder")],
-    as_json: AsJson = False,
-) -> None:
-    """Hash every file and compare with the passport: exit 2 naming each file that is changed, missing or extra."""
-    from criadero.artifact import resolve, verify
-
-    problems = verify(folder)
-    if as_json:
-        rows = [{"path": problem.path, "what": problem.what} for problem in problems]
-        print(json.dumps({"path": str(resolve(folder)), "ok": not problems, "problems": rows}, indent=2))
-    else:
-        for problem in problems:
-            print(f"error: {problem}", file=sys.stderr)
-        if not problems:
-            print(f"{resolve(folder)}: every file is as its passport says")
-    raise typer.Exit(2 if problems else 0)
 
 
 @licence_app.command("check")

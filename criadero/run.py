@@ -38,6 +38,7 @@ STAGES: Stages = {
     "tokenizer": functools.partial(_load, "criadero.data.train_tokenizer", "TokenizerRecipe", "build_tokenizer"),
     "tokens": functools.partial(_load, "criadero.data.pack", "TokensRecipe", "build_tokens"),
     "index": functools.partial(_load, "criadero.trust.index", "IndexRecipe", "build_index"),
+    "unique": functools.partial(_load, "criadero.trust.repeats", "UniqueRecipe", "build_unique"),
     "pretrain": functools.partial(_load, "criadero.train.pretrain", "PretrainRecipe", "pretrain"),
     "sft": functools.partial(_load, "criadero.train.sft", "SftRecipe", "sft"),
 }

@@ -17,6 +17,7 @@ from criadero.chat import Message, render
 from criadero.engine.generate import SamplingParams
 from criadero.engine.llm import LLM
 from criadero.errors import UserError
+from criadero.trust.last import keep_last
 
 HELP = """  /reset          forget the conversation
   /system TEXT    start again with a system message
@@ -107,6 +108,7 @@ def chat(
             print(f"you:   {text}", file=out)
         console.print(Text(answers, style="bold green"), end="")
         messages.append({"role": "assistant", "content": _answer(llm, visible, console, max_tokens, temperature, seed)})
+        keep_last(str(ref.path if isinstance(ref, Artifact) else ref), messages[-1]["content"])
 
 
 def _answer(

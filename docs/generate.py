@@ -22,6 +22,8 @@ STAGE_OF = {
     "data build": "data",
     "data tokenizer": "tokenizer",
     "data pack": "tokens",
+    "data index": "index",
+    "data unique": "unique",
 }
 
 

@@ -19,7 +19,7 @@ LAYERS = [
     {"train", "engine", "quantization"},
     {"trust"},
     {"run", "demo", "terminal", "summary", "export"},
-    {"cli"},
+    {"cli", "cli_passport", "cli_trace"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))

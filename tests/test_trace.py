@@ -18,6 +18,7 @@ from criadero.trust import trace as tracing
 from criadero.trust.asks import asks, forbids
 from criadero.trust.guard import Guard
 from criadero.trust.index import IndexRecipe, build_index
+from criadero.trust.last import keep_last, last_answer, last_file
 from criadero.trust.search import Index, open_index
 from criadero.trust.trace import data_of, index_for, long_matches, maximal, share, trace
 
@@ -314,12 +315,12 @@ def test_what_a_licence_asks(licence: str, words: str, refused: bool) -> None:
 def test_the_last_answer_is_kept_for_the_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     with pytest.raises(UserError, match="there is no last answer"):
-        tracing.last_answer()
-    tracing.keep_last("cria", "Sí, claro.")
-    assert tracing.last_answer() == ("cria", "Sí, claro.")
-    assert tracing.last_file().stat().st_mode & 0o777 == 0o600
-    tracing.last_file().write_text("{")
+        last_answer()
+    keep_last("cria", "Sí, claro.")
+    assert last_answer() == ("cria", "Sí, claro.")
+    assert last_file().stat().st_mode & 0o777 == 0o600
+    last_file().write_text("{")
     with pytest.raises(UserError, match="there is no last answer"):
-        tracing.last_answer()
+        last_answer()
     monkeypatch.setenv("XDG_STATE_HOME", "/dev/null/nowhere")
-    tracing.keep_last("cria", "lost")  # a home that cannot be written stops no chat
+    keep_last("cria", "lost")  # a home that cannot be written stops no chat
