@@ -111,21 +111,23 @@ class Artifact:
         known = {one["id"]: one for one in self.ancestors()}
         lines = [_title(self.passport)]
         shown: set[str] = set()
+        todo: list[tuple[dict[str, Any], str, bool]] = []  # input, indent, whether it is the last of its branch
 
-        def below(passport: Mapping[str, Any], indent: str) -> None:
+        def branch(passport: Mapping[str, Any], indent: str) -> None:
             inputs = passport.get("inputs") or []
-            for n, one in enumerate(inputs):
-                last = n == len(inputs) - 1
-                behind = known.get(one["id"])
-                again = behind is not None and one["id"] in shown
-                lines.append(
-                    indent + ("└─ " if last else "├─ ") + _input_title(one, behind) + (" (above)" if again else "")
-                )
-                if behind is not None and not again:
-                    shown.add(one["id"])
-                    below(behind, indent + ("   " if last else "│  "))
+            todo.extend((one, indent[-120:], n == 0) for n, one in enumerate(reversed(inputs)))
 
-        below(self.passport, "")
+        branch(self.passport, "")
+        while todo:  # a stack: a chain may be longer than Python's own
+            one, indent, last = todo.pop()
+            behind = known.get(one["id"])
+            again = behind is not None and one["id"] in shown
+            lines.append(
+                indent + ("└─ " if last else "├─ ") + _input_title(one, behind) + (" (above)" if again else "")
+            )
+            if behind is not None and not again:
+                shown.add(one["id"])
+                branch(behind, indent + ("   " if last else "│  "))
         return "\n".join(lines)
 
 
@@ -211,8 +213,11 @@ def _note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)  # once for each text: resolve is called many times in a run
 
 
-def open_artifact(ref: str | Path | Artifact) -> Artifact:
-    """A folder, or the name of a bundled model, with its passport read. Files are not hashed: see :func:`verify`."""
+def open_artifact(ref: str | Path | Artifact, *, require_passport: bool = False) -> Artifact:
+    """A folder, or the name of a bundled model, with its passport read. Files are hashed and compared only with
+    `require_passport`, and then UserError says what differs; see also :func:`verify`."""
+    if require_passport:
+        require(ref)
     if isinstance(ref, Artifact):
         return ref
     path = resolve(ref)
@@ -247,7 +252,7 @@ def verify(path: str | Path) -> list[Problem]:
     return compare(folder)
 
 
-def require_passport(ref: str | Path | Artifact) -> Path:
+def require(ref: str | Path | Artifact) -> Path:
     """The folder that `ref` means, once every file of it has been found to be as its passport says; UserError otherwise."""
     folder = resolve(ref)
     problems = verify(folder)

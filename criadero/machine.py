@@ -27,7 +27,7 @@ WATTS_PER_CORE = 7.0
 def command() -> str:
     """The command, when it was ours; only the program's name otherwise (a notebook's arguments say nothing)."""
     program = Path(sys.argv[0] if sys.argv else "").name
-    if program in ("criadero", "__main__.py"):
+    if program in ("criadero", "__main__.py", "cli.py"):
         words = [word.replace(str(Path.cwd()) + os.sep, "").replace(str(Path.home()), "~") for word in sys.argv[1:]]
         return shlex.join(["criadero", *words])
     return program or "python"

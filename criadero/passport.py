@@ -21,7 +21,7 @@ from criadero.recipe import canonical_json, digest
 FORMAT = "criadero/1"
 PASSPORT, LINEAGE, CHUNKS, SIGNATURE = "passport.json", "lineage.jsonl", "passport.chunks", "passport.sig"
 MARK = ".criadero-draft"  # in OUT.partial: says that it is ours, with which settings, and holds the lock
-UNSEALED = (PASSPORT, SIGNATURE, MARK)  # not listed in a passport, and no surprise beside one
+UNSEALED = (PASSPORT, SIGNATURE, "model.sig", MARK)  # not listed in a passport, and no surprise beside one
 LARGEST = 16 << 20  # bytes of a passport, or of one line of lineage.jsonl; real ones have kilobytes
 LARGEST_LINEAGE = 256 << 20
 MOST_ANCESTORS = 10_000
