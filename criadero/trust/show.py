@@ -86,10 +86,14 @@ def _document(found: Found) -> Text:
     one = found.document
     about = " · ".join(filter(None, (one.source, one.name, one.date, one.licence or "no licence given", one.url)))
     line = Text(f"    {about}\n", style="dim")
-    line.append("    ..." + _tail(found.before))
-    line.append(_short(found.text), style="bold")
-    line.append(_head(found.after) + "...")
-    return line
+    return line.append_text(_passage(found))
+
+
+def _passage(found: Found | Context) -> Text:
+    """The words before, the span in bold, the words after, on one line."""
+    line = Text("    ..." + _tail(found.before))
+    line.append((" " if found.text[:1].isspace() else "") + _short(found.text), style="bold")
+    return line.append(_head(found.after) + "...")
 
 
 def _tail(text: str, most: int = 50) -> str:
@@ -107,6 +111,4 @@ def print_places(text: str, total: int, places: list[Context], out: TextIO | Non
     for one in places:
         about = " · ".join(filter(None, (one.source, one.document, one.licence or "no licence given")))
         console.print(Text(f"  {about}", style="dim"))
-        console.print(
-            Text(f"    ...{_tail(one.before)}").append(_short(one.text), style="bold").append(_head(one.after) + "...")
-        )
+        console.print(_passage(one))
