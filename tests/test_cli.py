@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 import criadero
-from criadero import artifact, cli
+from criadero import cli
 from criadero.artifact import create
 from criadero.errors import UserError
+from criadero.trust import verify
 
 
 def criadero_command(*args: str, **more: Any) -> subprocess.CompletedProcess[str]:
@@ -143,7 +144,7 @@ def test_passport_verify(shop: Path, capsys: pytest.CaptureFixture[str]) -> None
     (shop / "chat" / "lineage.jsonl").unlink()
     (shop / "chat" / "x.py").write_text("")
     code, out, err = call(capsys, "passport", "verify", "chat")
-    assert (code, out) == (2, "")
+    assert (code, out) == (3, "")
     assert sorted(err.splitlines()) == [
         "error: lineage.jsonl: missing",
         "error: model.safetensors: changed",
@@ -151,8 +152,8 @@ def test_passport_verify(shop: Path, capsys: pytest.CaptureFixture[str]) -> None
     ]
     code, out, _ = call(capsys, "passport", "verify", "chat", "--json")
     facts = json.loads(out)
-    assert (code, facts["ok"]) == (2, False)
-    assert {"path": "x.py", "what": "extra"} in facts["problems"]
+    assert (code, facts["ok"], facts["code"]) == (3, False, 3)
+    assert {"path": "x.py", "what": "extra", "detail": "", "code": 3} in facts["problems"]
 
 
 def test_tune_help_lists_the_fields(capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,7 +223,7 @@ def test_a_closed_pipe_is_quiet(shop: Path) -> None:
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifact, "verify", lambda folder: 1 / 0)
+    monkeypatch.setattr(verify, "resolve", lambda folder: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main(["passport", "verify", "."])
 
