@@ -41,7 +41,7 @@ def fix(
     licence = report.intent.declared or (passport.get("licence") or {}).get("declared")
     config = {"stage": "licence", "wrote": sorted(files)}
     with create(out, kind=old.kind, name=report.intent.name or old.name, config=config, licence=licence) as draft:
-        draft.add_input("copied_from", old)
+        draft.add_input("converted_from", old)
         for row in old.files:
             if row["path"] not in ("lineage.jsonl", *files):
                 target = draft.path / row["path"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -201,13 +202,24 @@ def _readme_licences(text: str) -> list[str]:
 
 
 def _first_name(words: str) -> str | None:
-    """The licence that a few sentences name first: the longest known name at the earliest place."""
-    folded = " " + re.sub(r"[\s_\-*\[\]()`]+", " ", words.lower()) + " "
-    best: tuple[int, int, str] | None = None
+    """The licence that a few sentences name first, the longest name where several begin at one place."""
+    pattern, keys = _names()
+    found = pattern.search(" ".join(re.sub(r"[\s_\-*\[\]()`]+", " ", words.lower()).split()))
+    return keys[found[0]] if found else None
+
+
+# names that are ordinary words, or of models, in a sentence
+_ORDINARY = {"own", "mine", "ours", "propio", "propia", "pd", "boost", "copyrighted", "gated", "proprietary", "propietario", "llama",
+             "openai", "deepseek", "gemma", "psf", "mpl", "gpl", "bsd", "afl", "wtfpl", "expat"}  # fmt: skip
+
+
+@functools.cache
+def _names() -> tuple[re.Pattern[str], dict[str, str]]:
+    keys: dict[str, str] = {}
     for key, row in table().items():
         for name in (row["id"], row["title"], *row["aliases"]):
-            plain = re.sub(r"[\s_\-()]+", " ", name.lower()).strip()
-            if len(plain) >= 3 and (match := re.search(rf"(?<![\w.]){re.escape(plain)}(?![\w]|\.\d)", folded)):
-                found = (match.start(), -len(plain), key)
-                best = min(best, found) if best else found
-    return best[2] if best else None
+            plain = " ".join(re.sub(r"[\s_\-()]+", " ", name.lower()).split())
+            if plain not in _ORDINARY:
+                keys.setdefault(plain, key)
+    longest = sorted(keys, key=len, reverse=True)
+    return re.compile(r"(?<![\w.])(?:" + "|".join(map(re.escape, longest)) + r")(?!\w|\.\d)"), keys

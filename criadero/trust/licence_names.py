@@ -30,6 +30,7 @@ _REMARKS = (
     (r"open ?ai|chat-?gpt|gpt-?[345]|davinci", "openai-terms"),
     (r"non-?commercial|research (?:use )?only", "research-only"),
 )
+_MAX_TEXT = 2000  # characters; a name is not a text
 _MAX_CHOICES = 64  # alternatives of one expression; more is refused as unreadable
 
 
@@ -92,6 +93,7 @@ def names() -> list[str]:
     )
 
 
+@functools.lru_cache(maxsize=4096)
 def key_of(name: str) -> str | None:
     """The key of terms.toml that one name stands for; None when there is none."""
     return _aliases().get(_fold(name))
@@ -105,6 +107,8 @@ def read_licence(text: str | None) -> Reading:
         return Reading(words)
     if key := key_of(words):
         return Reading(words, (frozenset([key]),))
+    if len(words) > _MAX_TEXT:
+        return Reading(words[:60] + "...", (), ((words[:60] + "...", "", False),))
     if reading := _expression(words):
         return reading
     return _plain_words(words)
@@ -222,6 +226,8 @@ def _plain_words(text: str) -> Reading:
 
 def nearest(name: str) -> str:
     """The known name most like this one, or ""."""
+    if len(name) > 80:
+        return ""
     folded = {_fold(known): known for known in names()}
     folded |= {alias: table()[key]["id"] for alias, key in _aliases().items() if alias not in folded}
     found = difflib.get_close_matches(_fold(name), folded, n=1, cutoff=0.6)
@@ -254,6 +260,7 @@ def expression(keys: frozenset[str] | set[str]) -> str:
     return " AND ".join(sorted(map(id_of, keys)))
 
 
+@functools.lru_cache(maxsize=256)
 def recognise(text: str) -> str | None:
     """The key of the licence whose text this is, by its hash or by the words in its first lines; None when neither fits."""
     digest = hashlib.sha256(text.encode()).hexdigest()

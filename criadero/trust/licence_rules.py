@@ -27,6 +27,7 @@ Severity = Literal["conflict", "unknown", "duty", "note"]
 SEVERITIES: tuple[Severity, ...] = ("conflict", "unknown", "duty", "note")
 DATA_EFFECTS = ("none", "attribution", "careful")
 EU = frozenset("AT BE BG CY CZ DE DK EE ES FI FR GR HR HU IE IT LT LU LV MT NL PL PT RO SE SI SK".split())  # noqa: SIM905
+CREDITS = ("attribution", "changes", "keep_text")
 NOT_MODELS = ("dataset", "tokens", "tokenizer", "index", "audit")
 
 
@@ -103,6 +104,7 @@ class Bound:
     term: Mapping[str, Any]
     strength: str
     way: str  # as the licence sees it: answers of a Gemma count as adapting it
+    inherited: bool = False  # the node has this licence from what it was itself made from
 
     def finding(self, severity: Severity, rule: str, **more: Any) -> Finding:
         if self.strength == "note":
@@ -245,15 +247,16 @@ def _mau(one: Bound, case: Case) -> Iterator[Finding]:
 
 def _region(one: Bound, case: Case) -> Iterator[Finding]:
     region = case.intent.region
-    if case.intent.end_user or one.term["excluded"] != "EU":
+    told = one.inherited and one.term["applies"] == "always"
+    if case.intent.end_user or one.term["excluded"] != "EU" or told:
         return
     more = _multimodal(one, case)
     if region == "EU" or region in EU:
         if more:
             yield one.finding("conflict", "region", values={"region": region})
-        elif more is None:
+        elif more is None and not one.inherited:
             yield one.finding("unknown", "region-unknown", values={"region": region})
-    elif region is None and more is not False:
+    elif region is None and more is not False and not one.inherited:
         yield one.finding("note", "region-untested")
 
 
@@ -384,7 +387,7 @@ def together(bound: Sequence[Bound], case: Case) -> Iterator[Finding]:
     for key, terms in sorted(by_key.items()):
         row = table()[key]
         for other, others in sorted(by_key.items()):
-            first, second = next(iter(terms.values())), next(iter(others.values()))
+            first, second = (min(t.values(), key=lambda one: one.term["id"] in CREDITS) for t in (terms, others))
             if id_of(other) in row.get("clashes", ()):
                 yield _pair("clash", first, second, case)
             if "share_alike" not in terms or key == other:

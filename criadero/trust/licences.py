@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from criadero.errors import UserError
 from criadero.trust.licence_graph import Graph, Node, passport_graph, read_graph, refuse_loops
 from criadero.trust.licence_names import id_of, keys_of, read_licence, relations, rules_id, table
 from criadero.trust.licence_rules import (
+    CREDITS,
     DATA_EFFECTS,
+    EU,
     NOT_MODELS,
     RULES,
     SEVERITIES,
@@ -40,7 +42,7 @@ from criadero.trust.licence_rules import (
 )
 
 EXIT = {"ok": 0, "duties": 0, "conflict": 3, "unknown": 4}
-_REGIONS = (  # ISO 3166-1, alpha-2
+_REGIONS = (  # ISO 3166-1, alpha-2, without the EU
     "AD AE AF AG AI AL AM AO AQ AR AS AU AW AX AZ BA BB BD BF BH BI BJ BL BM BN BO BQ BR BS BT BV BW BY BZ CA CC CD CF CG CH "
     "CI CK CL CM CN CO CR CU CV CW CX DJ DM DO DZ EC EG EH ER ET FJ FK FM FO GA GB GD GE GF GG GH GI GL GM GN GP GQ GS GT GU "
     "GW GY HK HM HN HT ID IL IM IN IO IQ IR IS JE JM JO JP KE KG KH KI KM KN KP KR KW KY KZ LA LB LC LI LK LR LS LY MA MC MD "
@@ -99,7 +101,7 @@ def parse_region(text: str | None) -> str | None:
     code = {"UK": "GB", "EL": "GR"}.get((text or "").strip().upper(), (text or "").strip().upper())
     if text is None:
         return None
-    if len(code) != 2 or code not in {"EU", *_REGIONS.split()}:
+    if len(code) != 2 or code not in {"EU", *EU, *_REGIONS.split()}:
         raise UserError(f"--region {text!r} is not known: give EU, or a country's two letters such as ES, MX or US")
     return code
 
@@ -107,28 +109,31 @@ def parse_region(text: str | None) -> str | None:
 # -- the walk ---------------------------------------------------------------------------------------------------------
 
 
-def _families(graph: Graph) -> dict[str, frozenset[str]]:
-    """For each node, the families of models it is a derivative of (Llama 2, ...), by its licence or by what it adapts."""
+def _through(graph: Graph, start: str, of: Callable[[Node], frozenset[str]]) -> dict[str, frozenset[str]]:
+    """For `start` and all that it adapts or copies, at any depth: what `of` says of the node and of those behind it, joined."""
     known: dict[str, frozenset[str]] = {}
-    stack = [graph.root]
+    stack = [start]
     while stack:
-        id = stack[-1]
-        node = graph.nodes[id]
-        below = [
-            one for relation, one in node.inputs
-            if relations()["relations"].get(relation) in ("adapted", "copy") and one in graph.nodes
-        ]  # fmt: skip
+        node = graph.nodes[stack[-1]]
+        below = _adapted(graph, node)
         if waiting := [one for one in below if one not in known]:
             stack += waiting
             continue
-        own = frozenset(
-            table()[key]["family"]
-            for key in keys_of(node.licences)
-            if "family" in table()[key] and node.kind not in NOT_MODELS
-        )
-        known[id] = own.union(*(known[one] for one in below))
+        known[node.id] = of(node).union(*(known[one] for one in below))
         stack.pop()
     return known
+
+
+def _adapted(graph: Graph, node: Node) -> list[str]:
+    kinds = relations()["relations"]
+    return [id for relation, id in node.inputs if kinds.get(relation) in ("adapted", "copy") and id in graph.nodes]
+
+
+def _family(node: Node) -> frozenset[str]:
+    """The families of models (Llama 2, ...) that a node is of by its licence, where nothing says what it was made from."""
+    if node.kind in NOT_MODELS or node.inputs:
+        return frozenset()
+    return frozenset(table()[key]["family"] for key in keys_of(node.licences) if "family" in table()[key])
 
 
 def _walk(graph: Graph) -> tuple[list[Reach], list[tuple[Node, str, tuple[str, ...]]]]:
@@ -162,7 +167,7 @@ def _walk(graph: Graph) -> tuple[list[Reach], list[tuple[Node, str, tuple[str, .
             below_learner = learner
             if new in ("learned", "output") and way not in ("learned", "output"):
                 if id not in families:
-                    families.update(_families(replace(graph, root=id)))
+                    families.update(_through(graph, id, _family))
                 below_learner = families[id]
             if (below, new, below_learner) not in seen:
                 seen.add((below, new, below_learner))
@@ -193,10 +198,17 @@ def evaluate(graph: Graph, intent: Intent | None = None) -> Report:
         for node, relation, path in strange
     ]
     bound: list[Bound] = []
+    keys: dict[str, frozenset[str]] = {}
     for reach in reaches:
         found += readings(reach, case)
         for key in sorted(keys_of(reach.node.licences)):
-            bound += terms_of(key, reach, intent)
+            if reach.node.id not in keys:
+                keys.update(_through(graph, reach.node.id, lambda node: keys_of(node.licences)))
+            # a licence that a node has from what it was made from is told once, where it comes from; its authors are credited too
+            inherited = any(key in keys[one] for one in _adapted(graph, reach.node))
+            for one in terms_of(key, reach, intent):
+                if not inherited or one.term["id"] in (*CREDITS, "region"):
+                    bound.append(replace(one, inherited=inherited))
     for one in bound:
         found += RULES[one.term["id"]](one, case)
     found += declared(bound, case)
