@@ -42,6 +42,8 @@ def documents() -> list[Document]:
     texts = [(POEM, "en", "poems", "CC-BY-NC-4.0"), (RECIPE, "es", "cocina", "CC-BY-SA-4.0")]
     texts += [(text, "en", "ferry", "CC0-1.0") for text in FILLER]
     texts += [(f"Quoted in a letter: {POEM} So it ends.", "en", "letters", "CC-BY-ND-4.0")]
+    miles = " ".join(f"Mile {n} of the road: {n * n} stones, {n * 13 % 17} crows." for n in range(20))
+    texts += [(miles, "en", "road", "CC0-1.0")]
     return [
         Document(f"{source}/{n}", text, lang, source, licence) for n, (text, lang, source, licence) in enumerate(texts)
     ]
@@ -259,7 +261,7 @@ def test_the_guard_sees_what_looking_at_every_token_sees(tmp_path: Path, most: i
     refused = {n for n in range(len(texts)) if n % 2}
     random = np.random.default_rng(most)
     seen = 0
-    for _ in range(12):
+    for _ in range(4):
         parts = [texts[int(random.integers(len(texts)))] for _ in range(4)]
         ids = [token for part in parts for token in part[int(random.integers(5)) : int(random.integers(10, 90))]]
         guard = Guard(index, most)

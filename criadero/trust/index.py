@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from criadero.artifact import Artifact, create, open_artifact, resolve
+from criadero.artifact import Artifact, create, open_artifact
 from criadero.errors import UserError
 from criadero.trust.search import FORMAT, NAMES, PADDING, STEP
 
@@ -97,8 +97,9 @@ def dataset_of(tokens: Artifact, given: str) -> Path | None:
         # a recipe's path is relative to where it was run; a pipeline's folders stand side by side
         for place in (Path(str(one.get("locator"))), tokens.path.parent / Path(str(one.get("locator"))).name):
             try:
-                if open_artifact(place).id == one["id"]:
-                    return resolve(place)
+                found = open_artifact(place)
+                if found.id == one["id"] and found.kind == "dataset":
+                    return found.path
             except UserError:
                 continue
     return None

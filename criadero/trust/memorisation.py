@@ -74,11 +74,12 @@ def passages(index: Index, length: int, each: int, seed: int) -> list[np.ndarray
         windows = index.tokens[at[:, None] + np.arange(length)].astype(np.int64)  # [step, length]
         windows = windows[~np.isin(windows, index.ends).any(1)]
         counts = index.counts(windows.ravel(), np.arange(0, windows.size, length), length)
-        for window, count in zip(windows, counts.tolist(), strict=True):
-            n = next(n for n, (low, high) in enumerate(BUCKETS) if low <= count and (high is None or count <= high))
-            if len(found[n]) < each and (key := window.tobytes()) not in seen:
-                seen.add(key)
-                found[n].append(window)
+        bucket = np.searchsorted([low for low, _ in BUCKETS], counts, "right") - 1
+        for n, some in enumerate(found):
+            for window in windows[bucket == n] if len(some) < each else ():
+                if len(some) < each and (key := window.tobytes()) not in seen:
+                    seen.add(key)
+                    some.append(window)
     return [np.array(one, np.int64).reshape(-1, length) for one in found]
 
 

@@ -332,7 +332,8 @@ class Index:
         if text[0].isspace():
             return [plain]
         spaced = self.encode(" " + text)
-        return [plain, spaced] if spaced != plain else [plain]
+        # where the space is a token of its own, the plain tokens stand behind it as well
+        return [plain] if spaced[-len(plain) :] == plain else [plain, spaced]
 
     def release(self) -> None:
         """Give back the memory of what was touched; it stays in the system's cache, and is mapped again when needed."""
