@@ -39,7 +39,7 @@ KINDS = (
     "dataset", "tokenizer", "tokens", "base", "chat", "adapter", "model", "quantised", "index", "audit", "policy",
 )  # fmt: skip
 RELATIONS = (
-    "finetune_of", "trained_on", "trained_on_outputs_of", "distilled_from", "merged_from", "quantised_from",
+    "finetune_of", "trained_on", "trained_on_outputs_of", "outputs_of", "distilled_from", "merged_from", "quantised_from",
     "converted_from", "tokenizer_of", "code_of", "evaluated_on", "decontaminated_against", "filtered_by", "contains",
 )  # fmt: skip
 BUNDLED = Path(__file__).parent / "bundled"

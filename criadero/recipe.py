@@ -88,8 +88,8 @@ def digest(obj: Any) -> str:
 
 
 def stage_name(cls: type) -> str:
-    """The stage a recipe class belongs to: ``SftRecipe`` -> ``"sft"``."""
-    return cls.__name__.removesuffix("Recipe").lower()
+    """The stage a recipe class belongs to: ``SftRecipe`` -> ``"sft"``, ``SelfInstructRecipe`` -> ``"self_instruct"``."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__.removesuffix("Recipe")).lower()
 
 
 def recipe_fields(cls: type) -> dict[str, tuple[dataclasses.Field[Any], Any]]:

@@ -1,6 +1,6 @@
 """Run stages: one from values (`make`), or a folder of numbered recipes in order (`run`).
 
-A recipe folder holds ``NN-name.toml`` files, each with ``stage =`` data, tokenizer, tokens, pretrain or sft. A text
+A recipe folder holds ``NN-name.toml`` files, each with one of :data:`STAGES` as its ``stage``. A text
 value that equals an earlier file's name (``base = "04-pretrain"``) means what that stage made; one that begins
 with ``./`` or ``../`` is relative to the recipe folder. A stage is skipped when its sealed artifact was made with the
 same recipe from inputs with the same ids.
@@ -41,6 +41,13 @@ STAGES: Stages = {
     "unique": functools.partial(_load, "criadero.trust.repeats", "UniqueRecipe", "build_unique"),
     "pretrain": functools.partial(_load, "criadero.train.pretrain", "PretrainRecipe", "pretrain"),
     "sft": functools.partial(_load, "criadero.train.sft", "SftRecipe", "sft"),
+    "self_instruct": functools.partial(_load, "criadero.synth.self_instruct", "SelfInstructRecipe", "self_instruct"),
+    "evol_instruct": functools.partial(_load, "criadero.synth.evol_instruct", "EvolInstructRecipe", "evol_instruct"),
+    "clean_chats": functools.partial(_load, "criadero.synth.clean_chats", "CleanChatsRecipe", "clean_chats"),
+    "document_questions": functools.partial(
+        _load, "criadero.synth.documents", "DocumentQuestionsRecipe", "document_questions"
+    ),
+    "judge": functools.partial(_load, "criadero.synth.judge", "JudgeRecipe", "judge"),
 }
 
 
@@ -246,6 +253,8 @@ def _why(step: Step, stale: set[str]) -> str | None:
             return f"{path} is not what it was made of"
         found.add(id)
     for locator, id in recorded.items():
+        if "://" in locator:
+            continue  # an endpoint that answered: what it said is in the artifact
         if id not in found and ids.of(locator) != id:
             return f"{locator} has changed"
     return None

@@ -17,7 +17,7 @@ LAYERS = [
     {"config", "tokenizer", "sentencepiece_file", "template_sandbox", "chat", "kernels"},
     {"model", "lora", "checkpoints", "data", "card"},
     {"train", "engine", "quantization"},
-    {"trust"},
+    {"trust", "synth"},
     {"run", "demo", "terminal", "summary", "export"},
     {"cli", "cli_passport", "cli_trace"},
 ]
