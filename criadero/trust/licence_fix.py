@@ -1,7 +1,8 @@
 """Write what a report says is missing and can be written: Notice, licence texts, attributions, the words to display.
 
-A sealed folder is never changed: its hashes would not hold, and what was made from it names it by them. A copy is made and sealed
-under a new name, with the old one as its input, so ``passport verify`` accepts both.
+A sealed folder is never changed: its hashes would not hold, and what was made from it names it by them. A copy is sealed beside it,
+with the same inputs and the same account of how it was made, and ``step.resealed`` names the old one: ``passport verify``
+accepts both. A signature is not copied: it signs the old passport.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from criadero.artifact import Artifact, create, open_artifact
+from criadero.artifact import Artifact, Input, create, open_artifact, verify
 from criadero.errors import UserError
 from criadero.trust.licence_names import key_of, recognise, table, title_of
 from criadero.trust.licence_rules import Finding
@@ -34,14 +35,36 @@ def fix(
     UserError: no passport, `out` exists, nothing to write.
     """
     old = open_artifact(ref)
+    if problems := verify(old.path):
+        raise UserError(
+            f"{old.path} does not match its passport ({problems[0]}): make it again before licences are written"
+        )
     files = _files(report, old, texts)
     if not files and not report.intent.name and not report.intent.declared:
         raise UserError(f"{old.path}: --fix finds nothing that it could write; what is left is yours to do")
-    passport = old.passport
-    licence = report.intent.declared or (passport.get("licence") or {}).get("declared")
-    config = {"stage": "licence", "wrote": sorted(files)}
-    with create(out, kind=old.kind, name=report.intent.name or old.name, config=config, licence=licence) as draft:
-        draft.add_input("converted_from", old)
+    passport, behind = old.passport, tuple(old.ancestors())
+    declared = report.intent.declared or (passport.get("licence") or {}).get("declared")
+    step = passport.get("step") or {}
+    inputs = [
+        Input(
+            row["relation"],
+            row["id"],
+            row["name"],
+            row.get("licence"),
+            row.get("locator"),
+            bool(row.get("verified")),
+            behind,
+        )
+        for row in old.inputs
+    ]
+    with create(
+        out,
+        kind=old.kind,
+        name=report.intent.name or old.name,
+        config=step.get("config") or {},
+        inputs=inputs,
+        licence=declared,
+    ) as draft:
         for row in old.files:
             if row["path"] not in ("lineage.jsonl", *files):
                 target = draft.path / row["path"]
@@ -56,6 +79,7 @@ def fix(
             getattr(draft, table_name).update(passport.get(table_name) or {})
         draft.metrics = list(passport.get("metrics") or [])
         draft.version = str(passport.get("version") or "1")
+        draft.step = {**step, "resealed": {"from": old.id, "wrote": sorted(files)}}  # how it was made stays told
     return open_artifact(out), sorted(files)
 
 

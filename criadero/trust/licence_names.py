@@ -27,7 +27,7 @@ _WORDS = re.compile(
     re.I,
 )
 _REMARKS = (
-    (r"open ?ai|chat-?gpt|gpt-?[345]|davinci", "openai-terms"),
+    (r"open ?ai|chat-?gpt|\bgpt(?:\b|-?[345])|davinci", "openai-terms"),
     (r"non-?commercial|research (?:use )?only", "research-only"),
 )
 _MAX_TEXT = 2000  # characters; a name is not a text
@@ -252,7 +252,14 @@ def id_of(key: str) -> str:
 
 
 def title_of(key: str) -> str:
+    """A licence's name in words."""
     return table()[key]["title"]
+
+
+def short_name(key: str) -> str:
+    """What to type: the SPDX identifier, or where there is none the first alias ("llama2")."""
+    row = table()[key]
+    return row["aliases"][0] if row["id"].startswith("LicenseRef-") else row["id"]
 
 
 def expression(keys: frozenset[str] | set[str]) -> str:

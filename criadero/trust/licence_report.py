@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from criadero.errors import UserError
-from criadero.trust.licence_names import key_of, rules_id, title_of
+from criadero.trust.licence_names import key_of, rules_id, short_name, title_of
 from criadero.trust.licence_rules import Finding
 from criadero.trust.licence_words import (
     DISCLAIMER,
     EFFECTS,
     HEADS,
     PHRASES,
+    RELATIONS,
     UNSETTLED,
     VERDICTS,
     WORDS,
@@ -31,7 +32,7 @@ def words_of(finding: Finding, lang: str = "en") -> tuple[str, str]:
     near = values.get("near")
     values |= {
         "licence": title_of(key) if key else finding.licence,
-        "id": finding.licence,
+        "id": short_name(key) if key else finding.licence,
         "source": _short(finding.source),
         "near_en": f"; did you mean {near}?" if near else "",
         "near_es": f"; ¿querías decir {near}?" if near else "",
@@ -47,9 +48,11 @@ def _short(name: str) -> str:
     return name.split("/")[0] or name
 
 
-def way_there(finding: Finding) -> str:
+def way_there(finding: Finding, lang: str = "en") -> str:
     """``cria-chat <- finetune of <- cria``: from the artifact to the input that a finding comes from."""
-    return " <- ".join(step.replace("_", " ") if n % 2 else _short(step) for n, step in enumerate(finding.path))
+    said = RELATIONS if lang == "es" else {}
+    steps = [said.get(step, step.replace("_", " ")) if n % 2 else _short(step) for n, step in enumerate(finding.path)]
+    return " <- ".join(steps)
 
 
 def as_dict(report: Report, lang: str = "en") -> dict[str, Any]:
@@ -143,7 +146,7 @@ def _group_lines(group: list[Finding], lang: str, head: str) -> Iterator[str]:
     brief = head in ("done", "note")
     width = max(len(say["from"]), len(say["fix"])) + 2
     names = ", ".join(sorted({_short(one.source) for one in group}))
-    whence = names if brief or len(group) > 1 else way_there(first) if len(first.path) > 1 else ""
+    whence = names if brief or len(group) > 1 else way_there(first, lang) if len(first.path) > 1 else ""
     if whence and whence not in reason:
         yield from textwrap.wrap(
             whence, _WIDTH, initial_indent="      " + say["from"].ljust(width), subsequent_indent=" " * (6 + width)

@@ -236,7 +236,7 @@ def _mau(one: Bound, case: Case) -> Iterator[Finding]:
     if case.intent.end_user:
         return
     month = month_tested(table()[one.key]["released"])
-    values = {"month": month, "limit": f"{one.term['limit']:,}", "released": table()[one.key]["released"]}
+    values = {"month": month, "limit": one.term["limit"] // 1_000_000, "released": table()[one.key]["released"]}
     users = case.intent.mau.get(month)
     if users is not None and users > one.term["limit"]:
         yield one.finding("conflict", "mau", values=values | {"users": f"{users:,.0f}"})

@@ -119,23 +119,24 @@ WORDS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "mau": {
         "en": (
-            "{users} people a month used your products in {month}, the month before it came out ({released}): above {limit} the "
+            "{users} people a month used your products in {month}, the month before it came out ({released}): above {limit} million the "
             "licence gives no rights until Meta grants them",
             "ask Meta for a licence",
         ),
         "es": (
             "{users} personas al mes usaban tus productos en {month}, el mes anterior a su salida ({released}): por encima de {limit} "
-            "la licencia no da derechos hasta que Meta los conceda",
+            "millones la licencia no da derechos hasta que Meta los conceda",
             "pide una licencia a Meta",
         ),
     },
     "mau-untested": {
         "en": (
-            "only firms with more than {limit} monthly users in {month} need to ask Meta; later growth does not count",
+            "only firms with more than {limit} million monthly users in {month} need to ask Meta; later growth does not count",
             "nothing, unless you are one; --mau {month}=NUMBER tests it",
         ),
         "es": (
-            "solo las empresas con más de {limit} usuarios al mes en {month} deben pedir permiso a Meta; crecer después no cuenta",
+            "solo las empresas con más de {limit} millones de usuarios al mes en {month} deben pedir permiso a Meta; crecer después "
+            "no cuenta",
             "nada, si no eres una de ellas; --mau {month}=NÚMERO lo comprueba",
         ),
     },
@@ -226,11 +227,11 @@ WORDS: dict[str, dict[str, tuple[str, str]]] = {
     "declared-looser": {
         "en": (
             "it is declared {declared}, which is freer than {source} allows: who reads the label would not know of the {licence}",
-            "declare {id}",
+            "declare {id} (--licence {id})",
         ),
         "es": (
             "se declara {declared}, más libre de lo que permite {source}: quien lea la etiqueta no sabrá de la {licence}",
-            "declara {id}",
+            "declara {id} (--licence {id})",
         ),
     },
     "file-of-another": {
@@ -316,9 +317,12 @@ WORDS: dict[str, dict[str, tuple[str, str]]] = {
     "no-licence": {
         "en": (
             "nothing says under which licence {source} is",
-            "find out, and name it where it is used (own, if it is your work)",
+            "find out, and name it where it is used (tune --licence own, if it is your work)",
         ),
-        "es": ("nada dice bajo qué licencia está {source}", "averígualo y dilo donde se usa (own, si es obra tuya)"),
+        "es": (
+            "nada dice bajo qué licencia está {source}",
+            "averígualo y dilo donde se usa (tune --licence own, si es obra tuya)",
+        ),
     },
     "unknown-licence": {
         "en": (
@@ -404,7 +408,10 @@ PHRASES = {
     "commercial": {"en": "commercial", "es": "comercial"},
     "not commercial": {"en": "not commercial", "es": "no comercial"},
     "shared": {"en": "shared with others", "es": "se comparte"},
-    "kept": {"en": "kept to yourself", "es": "no se comparte"},
+    "kept": {
+        "en": "kept to yourself (--distribute asks about sharing)",
+        "es": "no se comparte (--distribute pregunta por compartirlo)",
+    },
     "region": {"en": "established in", "es": "establecido en"},
     "product": {"en": "got inside a product", "es": "recibido dentro de un producto"},
     "data": {"en": "training data", "es": "datos de entrenamiento"},
@@ -414,6 +421,21 @@ PHRASES = {
     "fix it": {"en": "--fix writes it", "es": "--fix lo escribe"},
     "declared": {"en": "declared", "es": "declarada"},
     "nothing": {"en": "nothing", "es": "ninguna"},
+}
+
+RELATIONS = {  # in Spanish; in English they are what the passport says
+    "finetune_of": "ajustado a partir de",
+    "trained_on": "entrenado con",
+    "trained_on_outputs_of": "entrenado con respuestas de",
+    "outputs_of": "respuestas de",
+    "generated_by": "respuestas de",
+    "distilled_from": "destilado de",
+    "merged_from": "mezclado de",
+    "quantised_from": "cuantizado de",
+    "converted_from": "convertido de",
+    "tokenizer_of": "con el tokenizador",
+    "code_of": "con el código",
+    "contains": "contiene",
 }
 
 EFFECTS = {
@@ -434,7 +456,7 @@ EFFECTS = {
 VERDICTS = {
     "ok": {"en": "nothing is owed", "es": "no se debe nada"},
     "duties": {"en": "in order, with the duties below", "es": "en orden, con los deberes de abajo"},
-    "conflict": {"en": "conflict: do not share or use it so", "es": "conflicto: no lo compartas ni lo uses así"},
+    "conflict": {"en": "conflict: do not share or use it like this", "es": "conflicto: no lo compartas ni lo uses así"},
     "unknown": {"en": "not known: find out before you share it", "es": "no se sabe: averígualo antes de compartirlo"},
 }
 
