@@ -356,6 +356,18 @@ def test_folder_without_passport(tmp_path: Path) -> None:
     assert ("conflict", "files-disagree", "got") in cases.found(check(folder))
 
 
+def test_a_downloaded_base_is_read_where_it_lies(tmp_path: Path) -> None:
+    readme = "---\nlicense: llama3.2\n---\n"
+    folder = folder_of(tmp_path / "hub", README__md=readme, config__json='{"vision_config": {}}')
+    with create(tmp_path / "tuned", kind="adapter", config={}) as draft:
+        (draft.path / "x").write_text("x", encoding="utf-8")
+        draft.add_input("finetune_of", folder)
+    found = cases.found(check(tmp_path / "tuned", Intent(region="ES")))
+    assert {("conflict", "region", "hub"), ("note", "read-from", "hub"), ("duty", "notice", "hub")} <= found
+    (folder / "README.md").unlink()
+    assert ("unknown", "no-licence", "hub") in cases.found(check(tmp_path / "tuned"))
+
+
 def leaf(relation: str, name: str, licence: str | None) -> Input:
     return Input(relation, "sha256:" + hashlib.sha256(name.encode()).hexdigest(), name, licence, name)
 

@@ -30,6 +30,7 @@ class Node:
     modalities: tuple[str, ...] = ()
     credit: str = ""
     missing: bool = False  # a passport vouches for it, but it is not in lineage.jsonl
+    read_from: str = ""  # the folder that its licence was read from, where no passport records it
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,21 @@ def read_graph(ref: str | Path | Artifact) -> Graph:
         says = [text for _, text in stated_licences(texts)]
         node = Node("folder", path.resolve().name, "imported", tuple(sorted(set(says))), (), _modalities(path))
         return Graph(node.id, {node.id: node}, texts, sealed=False)
-    return replace(passport_graph(passport, Artifact(path, passport).ancestors()), texts=texts)
+    ancestors = Artifact(path, passport).ancestors()
+    graph = passport_graph(passport, ancestors)
+    found = {node.id: node for node in _beside(graph, [passport, *ancestors])}
+    return replace(graph, nodes={**graph.nodes, **found}, texts=texts)
+
+
+def _beside(graph: Graph, passports: Sequence[Mapping[str, Any]]) -> Iterator[Node]:
+    """Plain folders (a downloaded model) whose licence no passport records, if they still lie where they were used from."""
+    for row in [row for one in passports for row in one.get("inputs") or []]:
+        node = graph.nodes.get(row["id"])
+        if node is None or node.licences or node.inputs or not row.get("locator"):
+            continue
+        folder = Path(str(row["locator"]))
+        if folder.is_dir() and (said := sorted({text for _, text in stated_licences(_texts(folder))})):
+            yield replace(node, licences=tuple(said), modalities=_modalities(folder), read_from=str(folder))
 
 
 def passport_graph(passport: Mapping[str, Any], ancestors: Sequence[Mapping[str, Any]] = ()) -> Graph:

@@ -423,6 +423,9 @@ def readings(reach: Reach, case: Case) -> Iterator[Finding]:
     weak: Severity = "note" if reach.way in ("tool", "distant") else "unknown"
     if node.missing:
         yield Finding(weak, "missing-passport", **at)
+    if node.read_from:
+        values = (("folder", node.read_from), ("says", ", ".join(node.licences)))
+        yield Finding("note", "read-from", values=values, **at)
     if not node.licences and not node.inputs:
         yield Finding(weak, "no-licence", **at)
     for text in node.licences:

@@ -383,6 +383,10 @@ WORDS: dict[str, dict[str, tuple[str, str]]] = {
         "en": ("the exception {text} is not looked at: the licence is taken without it, which asks no less", ""),
         "es": ("la excepción {text} no se mira: se toma la licencia sin ella, que no pide menos", ""),
     },
+    "read-from": {
+        "en": ("no passport records the licence of {source}; its folder {folder} states {says}", ""),
+        "es": ("ningún pasaporte recoge la licencia de {source}; su carpeta {folder} dice {says}", ""),
+    },
     "read-as": {
         "en": ('"{text}" was read as {read}', "write an SPDX expression, if that is not what is meant"),
         "es": ("«{text}» se ha leído como {read}", "escribe una expresión SPDX, si no es eso lo que significa"),
