@@ -60,6 +60,12 @@ def describe(ref: str | Path | Artifact) -> str:
     rows = artifact.sources()
     if rows:
         lines += ["made of", *_table(_source_rows(rows), right=(2, 3, 4))]
+    if artifact.kind in ("base", "chat", "adapter", "model", "quantised"):
+        from criadero.trust.export import facts_of
+        from criadero.trust.openness import lines as grade
+
+        for line in grade(facts_of(artifact)):
+            add("openness", line)
     if artifact.metrics:
         lines += ["measured", *_table(_metric_rows(artifact.metrics), right=(2, 3))]
     lines += ["lineage", *("  " + line for line in artifact.lineage().splitlines())]

@@ -201,8 +201,9 @@ def test_openness_is_computed(family: Path) -> None:
     assert found["mof"] is None
     assert found["next"] == ["technical report"]
     assert {name: part["met"] for name, part in found["osaid"].items()} == {
-        "data information": True, "code": True, "parameters": True,
+        "data information": False, "code": True, "parameters": True,
     }  # fmt: skip
+    assert found["osaid"]["data information"]["why"] == "no address: own | chats"
     facts = facts_of(open_artifact(family / "base"))
     more = dict(facts.passport) | {
         "files": [*facts.passport["files"], {"path": "paper.pdf", "sha256": "", "role": "other"}]

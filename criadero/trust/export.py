@@ -61,6 +61,12 @@ class Facts:
         return []
 
     @property
+    def all_sources(self) -> list[Mapping[str, Any]]:
+        """The by-source rows of every model in the chain: what has been read by any of them."""
+        rows = [row for one in self.chain for row in (one.get("data") or {}).get("by_source") or []]
+        return rows or self.sources
+
+    @property
     def languages(self) -> list[str]:
         for one in (self.passport, *self.ancestors):
             if found := (one.get("data") or {}).get("by_language"):

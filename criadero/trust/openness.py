@@ -31,7 +31,7 @@ def components(facts: Facts) -> dict[str, tuple[bool, str]]:
     ours = bool((facts.table("step").get("code") or {}).get("package"))
     open_weights = spdx_id(facts.licence, OPEN)
     whole = facts.kind in MODELS and "weights" in roles
-    sources = facts.sources
+    sources = facts.all_sources
     closed = sorted({str(row.get("licence")) for row in sources if not spdx_id(str(row.get("licence")), OPEN)})
     unreachable = [str(row.get("name")) for row in sources if not urls_of(row)]
     unknown = [str(row.get("name")) for made, row in facts.inputs()
@@ -53,7 +53,7 @@ def components(facts: Facts) -> dict[str, tuple[bool, str]]:
         "technical report": file("technical-report", "technical_report", "report", "paper"),
         "evaluation results": (bool(p["metrics"]), f"{len(p['metrics'])} metrics" if p["metrics"] else "no metrics"),
         "model card": ("card" in roles, "README.md" if "card" in roles else "no README.md"),
-        "data card": (data_card, f"{len(sources)} sources by licence, documents and address" if data_card else
+        "data card": (data_card, f"{len(sources)} sources by licence, documents and tokens" if data_card else
                       f"the data of {unknown[0]} is not known" if unknown else "no table of sources"),
         "training code": code,
         "inference code": code,
@@ -92,6 +92,8 @@ def grade(facts: Facts) -> dict[str, Any]:
         reached = name
     rows = [{"component": name, "counts": ok, "why": why} for name, (ok, why) in found.items()]
     data_ok, data_why = found["data card"]
+    if data_ok and (unreachable := [str(row.get("name")) for row in facts.all_sources if not urls_of(row)]):
+        data_ok, data_why = False, f"no address: {', '.join(unreachable[:3])}"  # nobody could get that data
     code_ok = all(found[one][0] for one in ("training code", "inference code", "data preprocessing code"))
     return {
         "mof": reached,
