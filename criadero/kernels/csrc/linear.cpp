@@ -65,10 +65,18 @@ void refuse(bool wrong, const std::string& what) {
 
 int round_up(int n, int step) { return (n + step - 1) / step * step; }
 
-// Sizes and an empty buffer. `bits` a weight; `numbers` scales (and mins) of 2 bytes for each tile row, or, with group 0, one of 4.
-Linear layout(Kind kind, int rows, int columns, int group, int bits, int tables) {
+size_t bits_of(Kind kind) { return kind == Kind::f32 ? 32 : kind == Kind::bf16 ? 16 : kind == Kind::int8 ? 8 : 4; }
+
+// Bytes of so many columns of a tile, scales and mins included.
+size_t stretch(const Weights& w, int columns) {
+    const size_t numbers = static_cast<size_t>(columns) * TILE * bits_of(w.kind) / 8;
+    const size_t tables = w.group ? static_cast<size_t>(columns / w.group) * TILE * 2 * (w.kind == Kind::int4_mins ? 2 : 1) : 0;
+    return numbers + tables;
+}
+
+// Sizes and an empty buffer.
+Linear layout(Kind kind, int rows, int columns, int group) {
     refuse(rows <= 0 || columns <= 0, "a matrix of " + std::to_string(rows) + " x " + std::to_string(columns) + " cannot be packed");
-    refuse(columns > 1 << 20, std::to_string(columns) + " columns are more than the 1048576 whose sums fit");
     Linear w;
     w.kind = kind;
     w.rows = rows;
@@ -76,9 +84,10 @@ Linear layout(Kind kind, int rows, int columns, int group, int bits, int tables)
     w.padded = round_up(columns, SLICE);
     w.group = group;
     w.tiles = (rows + TILE - 1) / TILE;
-    w.scale_bytes = static_cast<size_t>(w.padded) * TILE * bits / 8;
-    const size_t scales = group ? static_cast<size_t>(w.padded / group) * TILE * 2 * tables : TILE * 4 * static_cast<size_t>(tables);
-    w.tile_bytes = (w.scale_bytes + scales + 63) / 64 * 64;
+    w.span_bytes = stretch(w, SPAN);
+    const size_t row_scales = kind == Kind::int8 && !group ? TILE * 4 : 0;
+    const int rest = w.padded % SPAN;
+    w.tile_bytes = (static_cast<size_t>(w.padded / SPAN) * w.span_bytes + stretch(w, rest) + row_scales + 63) / 64 * 64;
     w.buffer = Buffer(w.tile_bytes * static_cast<size_t>(w.tiles));
     w.data = w.buffer.data;
     return w;
@@ -125,6 +134,25 @@ inline uint32_t shuffle_nibbles(uint32_t x) {
     return x ^ t ^ (t << 4);
 }
 
+// Row r of a span: 8 (4) columns in each word, 16 words further each time. No source: zeros, for rows beyond the last.
+void pack_int4(uint32_t* to, const uint8_t* from, int width) {
+    for (int k = 0; k < width / 8; ++k, to += TILE) {
+        uint32_t word = 0x88888888u;
+        if (from) std::memcpy(&word, from + 4 * k, 4);
+        *to = shuffle_nibbles(word);
+    }
+}
+
+void pack_int8(uint32_t* to, const uint8_t* from, int width, int there) {
+    const int whole = from ? least(width, there) / 4 : 0;
+    for (int k = 0; k < width / 4; ++k, to += TILE) {
+        uint32_t word = 0;
+        if (k < whole) std::memcpy(&word, from + 4 * k, 4);
+        else if (from && there > 4 * k) std::memcpy(&word, from + 4 * k, static_cast<size_t>(there - 4 * k));
+        *to = word ^ 0x80808080u;  // -128..127 as 0..255
+    }
+}
+
 }  // namespace
 
 Linear pack_quant(Pool& pool, int rows, int columns, int bits, int group, const void* q, Floats scales, Floats mins) {
@@ -140,52 +168,45 @@ Linear pack_quant(Pool& pool, int rows, int columns, int bits, int group, const 
     const int common = std::gcd(group, SPAN);
     const int inner = per_row ? 0 : common == 64 ? 32 : common;
     const Kind kind = bits == 8 ? Kind::int8 : mins.data ? Kind::int4_mins : Kind::int4;
-    Linear w = layout(kind, rows, columns, inner, bits, mins.data ? 2 : 1);
+    Linear w = layout(kind, rows, columns, inner);
     const int groups = columns / group;
     const int exponent = per_row ? 0 : exponent_of(pool, scales, mins, static_cast<size_t>(rows) * static_cast<size_t>(groups));
     w.unit = std::ldexp(1.0f, -exponent);
     const float up = std::ldexp(1.0f, exponent);
+    const size_t row_bytes = static_cast<size_t>(columns) * static_cast<size_t>(bits) / 8;
 
     pool.run([&](Worker& me) {
         for (int t = me.first(w.tiles); t < me.last(w.tiles); ++t) {
             uint8_t* tile = w.buffer.data + static_cast<size_t>(t) * w.tile_bytes;
-            const int filled = rows - t * TILE < TILE ? rows - t * TILE : TILE;
-            if (bits == 4) {
+            const size_t row = static_cast<size_t>(t) * TILE;
+            const int filled = least(rows - t * TILE, TILE);
+            const uint8_t* source = static_cast<const uint8_t*>(q) + row * row_bytes;
+            for (int from = 0; from < w.padded; from += SPAN) {
+                const int width = least(SPAN, w.padded - from);
+                uint8_t* to = tile + static_cast<size_t>(from / SPAN) * w.span_bytes;
                 for (int r = 0; r < TILE; ++r) {
-                    uint32_t* to = reinterpret_cast<uint32_t*>(tile) + r;
-                    const uint8_t* from = static_cast<const uint8_t*>(q) + (static_cast<size_t>(t) * TILE + r) * (columns / 2);
-                    for (int k = 0; k < columns / 8; ++k, to += TILE) {
-                        uint32_t word = 0x88888888u;  // zero, where there is no row
-                        if (r < filled) std::memcpy(&word, from + 4 * k, 4);
-                        *to = shuffle_nibbles(word);
+                    if (bits == 4) {
+                        pack_int4(reinterpret_cast<uint32_t*>(to) + r, r < filled ? source + r * row_bytes + from / 2 : nullptr, width);
+                    } else {
+                        pack_int8(reinterpret_cast<uint32_t*>(to) + r, r < filled ? source + r * row_bytes + from : nullptr, width, columns - from);
                     }
                 }
-            } else {
-                for (int r = 0; r < TILE; ++r) {
-                    uint32_t* to = reinterpret_cast<uint32_t*>(tile) + r;
-                    const int8_t* from = static_cast<const int8_t*>(q) + (static_cast<size_t>(t) * TILE + r) * columns;
-                    for (int k = 0; k < w.padded / 4; ++k, to += TILE) {
-                        uint32_t word = 0;
-                        if (r < filled) std::memcpy(&word, from + 4 * k, static_cast<size_t>(least(4, most(0, columns - 4 * k))));
-                        *to = word ^ 0x80808080u;  // -128..127 as 0..255
+                if (per_row) continue;
+                uint16_t* halves = reinterpret_cast<uint16_t*>(to + static_cast<size_t>(width) * TILE * static_cast<size_t>(bits) / 8);
+                for (const Floats* table : {&scales, &mins}) {
+                    if (!table->data) continue;
+                    for (int k = from; k < from + width; k += inner) {
+                        for (int r = 0; r < TILE; ++r) {
+                            const bool there = r < filled && k < columns;
+                            const size_t place = (row + static_cast<size_t>(r)) * static_cast<size_t>(groups) + static_cast<size_t>(k / group);
+                            *halves++ = there ? float_to_half(at(*table, place) * up) : 0;
+                        }
                     }
                 }
             }
             if (per_row) {
-                float* to = reinterpret_cast<float*>(tile + w.scale_bytes);
-                for (int r = 0; r < TILE; ++r) to[r] = r < filled ? at(scales, static_cast<size_t>(t) * TILE + r) : 0.0f;
-                continue;
-            }
-            uint16_t* to = reinterpret_cast<uint16_t*>(tile + w.scale_bytes);
-            for (const Floats* table : {&scales, &mins}) {
-                if (!table->data) continue;
-                for (int g = 0; g < w.padded / inner; ++g) {
-                    const int source = g * inner / group;
-                    for (int r = 0; r < TILE; ++r) {
-                        const bool there = r < filled && source < groups;
-                        *to++ = there ? float_to_half(at(*table, (static_cast<size_t>(t) * TILE + r) * groups + source) * up) : 0;
-                    }
-                }
+                float* to = reinterpret_cast<float*>(tile + stretch(w, w.padded));
+                for (int r = 0; r < TILE; ++r) to[r] = r < filled ? at(scales, row + static_cast<size_t>(r)) : 0.0f;
             }
         }
     });
@@ -193,7 +214,7 @@ Linear pack_quant(Pool& pool, int rows, int columns, int bits, int group, const 
 }
 
 Linear pack_f32(Pool& pool, int rows, int columns, const float* from) {
-    Linear w = layout(Kind::f32, rows, columns, 0, 32, 0);
+    Linear w = layout(Kind::f32, rows, columns, 0);
     pool.run([&](Worker& me) {
         for (int t = me.first(w.tiles); t < me.last(w.tiles); ++t) {
             float* tile = reinterpret_cast<float*>(w.buffer.data + static_cast<size_t>(t) * w.tile_bytes);
@@ -207,7 +228,7 @@ Linear pack_f32(Pool& pool, int rows, int columns, const float* from) {
 }
 
 Linear pack_bf16(Pool& pool, int rows, int columns, const uint16_t* from) {
-    Linear w = layout(Kind::bf16, rows, columns, 0, 16, 0);
+    Linear w = layout(Kind::bf16, rows, columns, 0);
     pool.run([&](Worker& me) {
         for (int t = me.first(w.tiles); t < me.last(w.tiles); ++t) {
             uint16_t* tile = reinterpret_cast<uint16_t*>(w.buffer.data + static_cast<size_t>(t) * w.tile_bytes);
@@ -227,27 +248,25 @@ void unpack_row(const Linear& w, int n, float* out) {
     refuse(n < 0 || n >= w.rows, "row " + std::to_string(n) + " of " + std::to_string(w.rows));
     const uint8_t* tile = w.data + static_cast<size_t>(n / TILE) * w.tile_bytes;
     const int r = n % TILE;
-    const uint16_t* halves = reinterpret_cast<const uint16_t*>(tile + w.scale_bytes);
     for (int k = 0; k < w.columns; ++k) {
-        switch (w.kind) {
-            case Kind::int4:
-            case Kind::int4_mins: {
-                const int u = (tile[k / 8 * 64 + r * 4 + k % 4] >> (k % 8 / 4 * 4)) & 15;
-                const int g = k / w.group;
-                const float scale = half_to_float(halves[g * TILE + r]) * w.unit;
-                if (w.kind == Kind::int4) out[k] = static_cast<float>(u - 8) * scale;
-                else out[k] = static_cast<float>(u) * scale - half_to_float(halves[(w.padded / w.group + g) * TILE + r]) * w.unit;
-                break;
-            }
-            case Kind::int8: {
-                const int v = tile[k / 4 * 64 + r * 4 + k % 4] - 128;
-                const float scale = w.group ? half_to_float(halves[k / w.group * TILE + r]) * w.unit
-                                            : reinterpret_cast<const float*>(tile + w.scale_bytes)[r];
-                out[k] = static_cast<float>(v) * scale;
-                break;
-            }
-            case Kind::bf16: out[k] = bf16_to_float(reinterpret_cast<const uint16_t*>(tile)[(k / 2 * TILE + r) * 2 + k % 2]); break;
-            case Kind::f32: out[k] = reinterpret_cast<const float*>(tile)[k * TILE + r]; break;
+        const int from = k / SPAN * SPAN, i = k - from;  // i: column within the span
+        const uint8_t* span = tile + static_cast<size_t>(k / SPAN) * w.span_bytes;
+        const int width = least(SPAN, w.padded - from);
+        const uint16_t* scales = reinterpret_cast<const uint16_t*>(span + static_cast<size_t>(width) * TILE * bits_of(w.kind) / 8);
+        if (w.kind == Kind::f32) {
+            out[k] = reinterpret_cast<const float*>(span)[i * TILE + r];
+        } else if (w.kind == Kind::bf16) {
+            out[k] = bf16_to_float(reinterpret_cast<const uint16_t*>(span)[(i / 2 * TILE + r) * 2 + i % 2]);
+        } else if (w.kind == Kind::int8) {
+            const float v = static_cast<float>(span[i / 4 * 64 + r * 4 + i % 4] - 128);
+            const float scale = w.group ? half_to_float(scales[i / w.group * TILE + r]) * w.unit
+                                        : reinterpret_cast<const float*>(tile + stretch(w, w.padded))[r];
+            out[k] = v * scale;
+        } else {
+            const int u = (span[i / 8 * 64 + r * 4 + i % 4] >> (i % 8 / 4 * 4)) & 15;
+            const float scale = half_to_float(scales[i / w.group * TILE + r]) * w.unit;
+            if (w.kind == Kind::int4) out[k] = static_cast<float>(u - 8) * scale;
+            else out[k] = static_cast<float>(u) * scale - half_to_float(scales[(width / w.group + i / w.group) * TILE + r]) * w.unit;
         }
     }
 }
@@ -257,7 +276,7 @@ void unpack_row(const Linear& w, int n, float* out) {
 namespace {
 
 int width_for(int rows) {
-    for (int width : {1, 2, 3, 4, 6, 8, 12}) {
+    for (int width : {1, 2, 4, 6, 8, 12}) {
         if (rows <= width) return width;
     }
     return BLOCK;
@@ -282,11 +301,13 @@ void Activations::resize(int m, int k, unsigned wanted) {
     columns = k;
     padded = round_up(k, SLICE);
     forms = wanted;
+    const size_t spans = static_cast<size_t>((padded + SPAN - 1) / SPAN);
     const size_t places = static_cast<size_t>(blocks()) * BLOCK * static_cast<size_t>(padded);
     if (forms & (FORM_INT8 | FORM_FINE)) {
         q_.reserve(places);
-        scales_.reserve(static_cast<size_t>(blocks()) * BLOCK * static_cast<size_t>((padded + SPAN - 1) / SPAN) * 4);
+        scales_.reserve(static_cast<size_t>(blocks()) * BLOCK * spans * 4);
         sums_.reserve(places / SLICE * 4);
+        totals_.reserve(static_cast<size_t>(blocks()) * BLOCK * spans * 4);
     }
     if (forms & FORM_FINE) fine_.reserve(places / SLICE * 8);
     if (forms & FORM_BF16) bf16_.reserve(places * 2);
@@ -296,8 +317,9 @@ void Activations::resize(int m, int k, unsigned wanted) {
     const size_t count = static_cast<size_t>(last.width) * static_cast<size_t>(padded);
     if (last.q) {
         std::memset(last.q, 0, count);
-        std::memset(last.scales, 0, static_cast<size_t>(last.width) * static_cast<size_t>((padded + SPAN - 1) / SPAN) * 4);
+        std::memset(last.scales, 0, static_cast<size_t>(last.width) * spans * 4);
         std::memset(last.sums, 0, count / SLICE * 4);
+        std::memset(last.totals, 0, static_cast<size_t>(last.width) * spans * 4);
     }
     if (last.fine) std::memset(last.fine, 0, count / SLICE * 8);
     if (last.bf16) std::memset(last.bf16, 0, count * 2);
@@ -310,10 +332,12 @@ Block Activations::block(int index) const {
     b.width = width_for(b.rows);
     b.padded = padded;
     b.forms = forms;
+    const size_t spans = static_cast<size_t>((padded + SPAN - 1) / SPAN);
     const size_t place = static_cast<size_t>(index) * BLOCK * static_cast<size_t>(padded);
     if (forms & (FORM_INT8 | FORM_FINE)) {
         b.q = q_.as<int8_t>() + place;
-        b.scales = scales_.as<float>() + static_cast<size_t>(index) * BLOCK * static_cast<size_t>((padded + SPAN - 1) / SPAN);
+        b.scales = scales_.as<float>() + static_cast<size_t>(index) * BLOCK * spans;
+        b.totals = totals_.as<int32_t>() + static_cast<size_t>(index) * BLOCK * spans;
         b.sums = sums_.as<int32_t>() + place / SLICE;
     }
     if (forms & FORM_FINE) b.fine = fine_.as<int32_t>() + place / SLICE * 2;

@@ -48,18 +48,23 @@ constexpr unsigned FORM_FINE = 2;   // with it, sums for each 16 columns (weight
 constexpr unsigned FORM_BF16 = 4;
 constexpr unsigned FORM_F32 = 8;
 
-// The packed weights as the kernels see them. Tile t holds rows 16 t .. 16 t + 15, `tile_bytes` from one to the next: first the numbers,
-// column by column in the order of the kernels' loads, then (at `scale_bytes`) the scales [groups][16] and the mins [groups][16].
+// The packed weights as the kernels see them. Tile t holds rows 16 t .. 16 t + 15; it starts on a cache line. Within it, for each span of 128
+// columns (the last may be shorter): the numbers, then the f16 scales [groups][16], then the mins [groups][16], so that one stream is read
+// from memory. Order of the numbers, for each 16 rows:
+//   int4  8 columns in 64 bytes: byte 4 r + i is row r, column i in the low nibble and i + 4 in the high one
+//   int8  4 columns in 64 bytes: byte 4 r + i is row r, column i, plus 128
+//   bf16  2 columns in 64 bytes; f32  1 column
+// With group 0 there are only numbers, and the 16 scales in f32 follow the last.
 struct Weights {
     Kind kind = Kind::f32;
-    int rows = 0;            // N, the outputs
-    int columns = 0;         // K, the inputs
-    int padded = 0;          // K rounded up to SLICE; columns beyond K are zero
-    int group = 0;           // columns sharing one scale: 16, 32 or 128; 0 = one a row
-    int tiles = 0;           // ceil(N / TILE)
-    size_t tile_bytes = 0;
-    size_t scale_bytes = 0;
-    float unit = 1;          // the power of two that stored f16 scales and mins are to be multiplied by
+    int rows = 0;           // N, the outputs
+    int columns = 0;        // K, the inputs
+    int padded = 0;         // K rounded up to SLICE; columns beyond K are zero
+    int group = 0;          // columns sharing one scale: 16, 32 or 128; 0 = one a row
+    int tiles = 0;          // ceil(N / TILE)
+    size_t tile_bytes = 0;  // from one tile to the next
+    size_t span_bytes = 0;  // from one span to the next
+    float unit = 1;         // the power of two that stored f16 scales and mins are to be multiplied by
     const uint8_t* data = nullptr;
 };
 
@@ -87,7 +92,7 @@ void unpack_row(const Linear& w, int n, float* out);
 // The forms that this Linear needs at the current level.
 unsigned needs(const Linear& w);
 
-// Rows 16 b .. 16 b + 15 of the activations, as the kernels see them, `width` of them interleaved (1, 2, 3, 4, 6, 8, 12 or 16; rows beyond
+// Rows 16 b .. 16 b + 15 of the activations, as the kernels see them, `width` of them interleaved (1, 2, 4, 6, 8, 12 or 16; rows beyond
 // `rows` are zero): slice by slice of 32 columns [width][32] numbers, and beside them scales and sums.
 struct Block {
     int rows = 0;
@@ -98,6 +103,7 @@ struct Block {
     int8_t* q = nullptr;        // [slices][width][32]
     float* scales = nullptr;    // [spans][width]: x = q * scale
     int32_t* sums = nullptr;    // [slices][width]: -8 x the sum of the 32 numbers
+    int32_t* totals = nullptr;  // [spans][width]: the same of each 128
     int32_t* fine = nullptr;    // [slices][2][width]: the same of each 16 numbers
     uint16_t* bf16 = nullptr;   // [slices][width][32]
     float* f32 = nullptr;       // [slices][width][32]
@@ -115,7 +121,7 @@ struct Activations {
     Block block(int index) const;
 
    private:
-    Buffer q_, scales_, sums_, fine_, bf16_, f32_;
+    Buffer q_, scales_, sums_, totals_, fine_, bf16_, f32_;
 };
 
 // Columns [from, to) of row `row` from x[0 .. to - from). `from` is a multiple of SPAN; `to` is one too, or K. Different pieces may be

@@ -1,4 +1,301 @@
+// The linear kernels for AVX-512 with VNNI. `vpdpbusd` multiplies unsigned by signed bytes and adds four products to each int32; weights are
+// the unsigned side (int4 as 0..15, int8 plus 128), and the sum of the activations, which `prepare` keeps, takes the offset out again.
+//
+// One kernel serves every number of rows: a tile of 16 outputs is unpacked in registers, 32 columns at a time, and multiplied with the up to
+// 16 rows of a block. For few rows it waits for memory; for many, unpacking costs three instructions for each 2 x 16 products, and what
+// limits it is vpdpbusd itself. A row's result has the same float operations in the same order whatever else is in its block.
 #include "linear.h"
+#include "linear_avx512.h"
+#include "vec.h"
+
 namespace criadero {
-const LinearKernels& linear_avx512() { return linear_portable(); }
+
+namespace {
+
+#define UNROLL _Pragma("GCC unroll 16")
+
+inline __m512i four(const int8_t* p) {  // 4 bytes in every lane: becomes an embedded broadcast
+    int32_t word;
+    memcpy(&word, p, 4);
+    return _mm512_set1_epi32(word);
+}
+
+inline __m512 half16(const uint8_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+
+// Fetches `lines` cache lines. 4 KiB ahead keeps enough lines under way to use the whole bandwidth; past the caches that the next block
+// of rows does not need it in (NTA), or through them.
+template <bool KEEP, int LINES>
+inline void fetch(const uint8_t* p) {
+    UNROLL
+    for (int i = 0; i < LINES; ++i) _mm_prefetch((const char*)p + 4096 + 64 * i, KEEP ? _MM_HINT_T0 : _MM_HINT_NTA);
+}
+
+// 32 columns of 16 rows as unsigned bytes, 4 columns a register.
+template <Kind KIND>
+inline void unpack(const uint8_t* p, __m512i* w) {
+    if (KIND == Kind::int8) {
+        UNROLL
+        for (int j = 0; j < 8; ++j) w[j] = _mm512_loadu_si512(p + 64 * j);
+        return;
+    }
+    const __m512i low = _mm512_set1_epi8(15);
+    UNROLL
+    for (int j = 0; j < 4; ++j) {
+        const __m512i both = _mm512_loadu_si512(p + 64 * j);
+        w[2 * j] = _mm512_and_si512(both, low);
+        w[2 * j + 1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+    }
+}
+
+// The offset's part of a sum: `stored` is -8 x the sum of the activations.
+template <Kind KIND>
+inline __m512i offset(const int32_t* stored) {
+    if (KIND == Kind::int4_mins) return _mm512_setzero_si512();  // the mins take care of it
+    const __m512i eight = _mm512_set1_epi32(*stored);
+    return KIND == Kind::int8 ? _mm512_slli_epi32(eight, 4) : eight;
+}
+
+// c += 4 J products of each lane. One row alone gets two sums: a single chain would wait for itself.
+template <int J, int M>
+inline __m512i dots(__m512i c, const __m512i* w, const int8_t* q) {
+    if (M <= 2) {
+        __m512i d = _mm512_setzero_si512();
+        UNROLL
+        for (int j = 0; j < J; j += 2) {
+            c = _mm512_dpbusd_epi32(c, w[j], four(q + 4 * j));
+            d = _mm512_dpbusd_epi32(d, w[j + 1], four(q + 4 * j + 4));
+        }
+        return _mm512_add_epi32(c, d);
+    }
+    UNROLL
+    for (int j = 0; j < J; ++j) c = _mm512_dpbusd_epi32(c, w[j], four(q + 4 * j));
+    return c;
+}
+
+// One span of `slices` x 32 columns: sums[m] += (what the span gives) x (the scale of the span's activations). F: see below.
+template <Kind KIND, int GROUP, int M, bool KEEP>
+inline void span_product(const uint8_t* p, size_t bytes, int slices, const Block& b, int span, __m512* sums) {
+    constexpr int STEP = KIND == Kind::int8 ? 512 : 256;               // bytes of a slice
+    constexpr int LINES = KIND == Kind::int8 ? (GROUP == 16 ? 9 : GROUP == 32 ? 9 : 8) : (GROUP == 32 ? (KIND == Kind::int4_mins ? 5 : 5) : 5);
+    const int8_t* q = b.q + (size_t)span * (SPAN / SLICE) * M * SLICE;
+    const uint8_t* scales = p + slices * STEP;
+    const uint8_t* mins = scales + slices * (SLICE * TILE * 2 / (GROUP ? GROUP : SLICE));
+    const size_t quarter = bytes / 4;
+    __m512 f[M];   // groups of 16 and 32: the float sum over the span's groups
+    __m512i c[M];  // wider groups: the whole number for the span
+    if (GROUP == 16 || GROUP == 32) {
+        UNROLL
+        for (int m = 0; m < M; ++m) f[m] = _mm512_setzero_ps();
+    } else {
+        UNROLL
+        for (int m = 0; m < M; ++m) c[m] = offset<KIND>(b.totals + span * M + m);
+    }
+    for (int s = 0; s < slices; ++s, q += M * SLICE) {
+        fetch<KEEP, LINES>(p + s * quarter);
+        __m512i w[8];
+        unpack<KIND>(p + s * STEP, w);
+        if (GROUP == 32) {
+            const int32_t* eights = b.sums + ((size_t)span * (SPAN / SLICE) + s) * M;
+            const __m512 scale = half16(scales + s * 32);
+            const __m512 minimum = KIND == Kind::int4_mins ? _mm512_mul_ps(half16(mins + s * 32), _mm512_set1_ps(0.125f)) : scale;
+            UNROLL
+            for (int m = 0; m < M; ++m) {
+                const __m512i whole = dots<8, M>(offset<KIND>(eights + m), w, q + m * SLICE);
+                f[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), scale, f[m]);
+                if (KIND == Kind::int4_mins) f[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_set1_epi32(eights[m])), minimum, f[m]);
+            }
+        } else if (GROUP == 16) {
+            const int32_t* eights = b.fine + ((size_t)span * (SPAN / SLICE) + s) * 2 * M;
+            const __m512 left = half16(scales + s * 64), right = half16(scales + s * 64 + 32);
+            UNROLL
+            for (int m = 0; m < M; ++m) {
+                const __m512i first = dots<4, M>(offset<KIND>(eights + m), w, q + m * SLICE);
+                const __m512i second = dots<4, M>(offset<KIND>(eights + M + m), w + 4, q + m * SLICE + 16);
+                f[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(first), left, f[m]);
+                f[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(second), right, f[m]);
+            }
+        } else {
+            UNROLL
+            for (int m = 0; m < M; ++m) c[m] = dots<8, M>(c[m], w, q + m * SLICE);
+        }
+    }
+    if (GROUP == 128) {
+        const __m512 scale = half16(scales);
+        const __m512 minimum = KIND == Kind::int4_mins ? _mm512_mul_ps(half16(mins), _mm512_set1_ps(0.125f)) : scale;
+        UNROLL
+        for (int m = 0; m < M; ++m) {
+            f[m] = _mm512_mul_ps(_mm512_cvtepi32_ps(c[m]), scale);
+            if (KIND == Kind::int4_mins) f[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_set1_epi32(b.totals[span * M + m])), minimum, f[m]);
+        }
+    }
+    if (GROUP == 0) {
+        UNROLL
+        for (int m = 0; m < M; ++m) f[m] = _mm512_cvtepi32_ps(c[m]);
+    }
+    const float* x = b.scales + span * M;
+    UNROLL
+    for (int m = 0; m < M; ++m) sums[m] = _mm512_fmadd_ps(f[m], _mm512_set1_ps(x[m]), sums[m]);
+    // With many rows the sums belong into memory, or the compiler would keep them in registers that the loop above needs.
+    if (M > 8) __asm__ volatile("" ::: "memory");
+}
+
+template <Kind KIND, int GROUP, int M, bool KEEP>
+void quantised(const Weights& w, const Block& b, int first, int last, float* y, size_t stride, bool add) {
+    const int whole = w.padded / SPAN, rest = w.padded % SPAN / SLICE;
+    for (int t = first; t < last; ++t) {
+        const uint8_t* tile = w.data + (size_t)t * w.tile_bytes;
+        __m512 sums[M];
+        UNROLL
+        for (int m = 0; m < M; ++m) sums[m] = _mm512_setzero_ps();
+        if (M > 8) __asm__ volatile("" : : "r"(sums) : "memory");
+        for (int s = 0; s < whole; ++s) span_product<KIND, GROUP, M, KEEP>(tile + s * w.span_bytes, w.span_bytes, SPAN / SLICE, b, s, sums);
+        if (rest) span_product<KIND, GROUP, M, KEEP>(tile + whole * w.span_bytes, w.span_bytes, rest, b, whole, sums);
+        const __m512 scale = GROUP ? _mm512_set1_ps(w.unit) : _mm512_loadu_ps(tile + (size_t)w.padded * TILE);
+        store_tile<M>(w, b, t, sums, &scale, y, stride, add);
+    }
+}
+
+// bf16 on a processor without vdpbf16ps, and f32: plain float products, in one chain for each output.
+template <Kind KIND, int M, bool KEEP>
+void dense(const Weights& w, const Block& b, int first, int last, float* y, size_t stride, bool add) {
+    constexpr int STEP = KIND == Kind::bf16 ? 1024 : 2048;
+    const __m512i high = _mm512_set1_epi32((int)0xffff0000u);
+    for (int t = first; t < last; ++t) {
+        const uint8_t* p = w.data + (size_t)t * w.tile_bytes;
+        __m512 sums[M];
+        UNROLL
+        for (int m = 0; m < M; ++m) sums[m] = _mm512_setzero_ps();
+        for (int s = 0; s < w.padded / SLICE; ++s, p += STEP) {
+            const float* x = b.f32 + (size_t)s * M * SLICE;
+            for (int k = 0; k < SLICE; k += 4, x += 4) {
+                __m512 v[4];
+                if (KIND == Kind::bf16) {
+                    fetch<KEEP, 2>(p + k * 32);
+                    UNROLL
+                    for (int i = 0; i < 2; ++i) {
+                        const __m512i pair = _mm512_loadu_si512(p + k * 32 + 64 * i);
+                        v[2 * i] = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
+                        v[2 * i + 1] = _mm512_castsi512_ps(_mm512_and_si512(pair, high));
+                    }
+                } else {
+                    fetch<KEEP, 4>(p + k * 64);
+                    UNROLL
+                    for (int i = 0; i < 4; ++i) v[i] = _mm512_loadu_ps(p + k * 64 + 64 * i);
+                }
+                UNROLL
+                for (int m = 0; m < M; ++m) {
+                    UNROLL
+                    for (int i = 0; i < 4; ++i) sums[m] = _mm512_fmadd_ps(v[i], _mm512_set1_ps(x[m * SLICE + i]), sums[m]);
+                }
+            }
+        }
+        store_tile<M>(w, b, t, sums, nullptr, y, stride, add);
+    }
+}
+
+using Kernel = void (*)(const Weights&, const Block&, int, int, float*, size_t, bool);
+
+template <int M, bool KEEP>
+Kernel kernel_of(const Weights& w) {
+    switch (w.kind) {
+        case Kind::int4: return w.group == 32 ? quantised<Kind::int4, 32, M, KEEP> : quantised<Kind::int4, 128, M, KEEP>;
+        case Kind::int4_mins: return w.group == 32 ? quantised<Kind::int4_mins, 32, M, KEEP> : quantised<Kind::int4_mins, 128, M, KEEP>;
+        case Kind::int8:
+            return w.group == 16    ? quantised<Kind::int8, 16, M, KEEP>
+                   : w.group == 32  ? quantised<Kind::int8, 32, M, KEEP>
+                   : w.group == 128 ? quantised<Kind::int8, 128, M, KEEP>
+                                    : quantised<Kind::int8, 0, M, KEEP>;
+        case Kind::bf16: return dense<Kind::bf16, M, KEEP>;
+        default: return dense<Kind::f32, M, KEEP>;
+    }
+}
+
+// Narrow blocks stand alone, except at the end of many rows: then fetching around the caches would hurt.
+Kernel kernel_for(const Weights& w, const Block& b) {
+    switch (b.width) {
+        case 1: return kernel_of<1, false>(w);
+        case 2: return kernel_of<2, false>(w);
+        case 4: return kernel_of<4, false>(w);
+        case 6: return kernel_of<6, false>(w);
+        case 8: return kernel_of<8, false>(w);
+        case 12: return kernel_of<12, false>(w);
+        default: return b.again ? kernel_of<16, true>(w) : kernel_of<16, false>(w);
+    }
+}
+
+void tiles(const Weights& w, const Block& b, int first, int last, float* y, size_t stride, bool add) {
+    kernel_for(w, b)(w, b, first, last, y, stride, add);
+}
+
+void tiles_bf16(const Weights& w, const Block& b, int first, int last, float* y, size_t stride, bool add) {
+    if (w.kind == Kind::bf16) avx512_bf16_tiles(w, b, first, last, y, stride, add);
+    else kernel_for(w, b)(w, b, first, last, y, stride, add);
+}
+
+inline __m512 read16(const float* x, int count) {  // up to 16; the rest is zero
+    if (count >= 16) return _mm512_loadu_ps(x);
+    return _mm512_maskz_loadu_ps(count <= 0 ? 0 : (__mmask16)((1u << count) - 1), x);
+}
+
+void prepare_row(const Block& b, int row, int from, int to, int columns, const float* x) {
+    const int end = to == columns ? b.padded : to;  // the last piece also writes the padding
+    if (b.q) {
+        const __m512i magnitude_bits = _mm512_set1_epi32(0x7fffffff);
+        for (int span = from; span < end; span += SPAN) {
+            const int stop = least(span + SPAN, end);
+            // compared as bits, a NaN is the largest and makes the scale NaN: it is not hidden
+            __m512i top = _mm512_setzero_si512();
+            for (int k = span; k < stop; k += 16) {
+                top = _mm512_max_epu32(top, _mm512_and_si512(_mm512_castps_si512(read16(x + k - from, to - k)), magnitude_bits));
+            }
+            const float most_of = bits_to_float(_mm512_reduce_max_epu32(top));
+            const bool tiny = most_of < 1e-30f;
+            const __m512 inverse = _mm512_set1_ps(tiny ? 0.0f : 127.0f / most_of);
+            b.scales[span / SPAN * b.width + row] = tiny ? 0.0f : most_of / 127.0f;
+            int32_t total = 0;
+            for (int slice = span; slice < stop; slice += SLICE) {
+                const size_t place = (size_t)(slice / SLICE) * b.width + row;
+                const __m512i left = _mm512_cvtps_epi32(_mm512_mul_ps(read16(x + slice - from, to - slice), inverse));
+                const __m512i right = _mm512_cvtps_epi32(_mm512_mul_ps(read16(x + slice + 16 - from, to - slice - 16), inverse));
+                _mm_storeu_si128((__m128i*)(b.q + place * SLICE), _mm512_cvtsepi32_epi8(left));
+                _mm_storeu_si128((__m128i*)(b.q + place * SLICE + 16), _mm512_cvtsepi32_epi8(right));
+                const int32_t sum = _mm512_reduce_add_epi32(_mm512_add_epi32(left, right));
+                b.sums[place] = -8 * sum;
+                total += sum;
+                if (b.fine) {
+                    int32_t* fine = b.fine + (size_t)(slice / SLICE) * 2 * b.width + row;
+                    fine[0] = -8 * _mm512_reduce_add_epi32(left);
+                    fine[b.width] = -8 * _mm512_reduce_add_epi32(right);
+                }
+            }
+            b.totals[span / SPAN * b.width + row] = -8 * total;
+        }
+    }
+    if (!b.bf16 && !b.f32) return;
+    for (int k = from; k < end; k += 16) {
+        const __m512 value = read16(x + k - from, to - k);
+        const size_t place = ((size_t)(k / SLICE) * b.width + row) * SLICE + k % SLICE;
+        if (b.f32) _mm512_storeu_ps(b.f32 + place, value);
+        if (b.bf16) {  // to nearest, ties to even; a NaN stays one
+            const __m512i bits = _mm512_castps_si512(value);
+            const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+            __m512i high = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+            high = _mm512_mask_mov_epi32(high, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+            _mm256_storeu_si256((__m256i*)(b.bf16 + place), _mm512_cvtepi32_epi16(high));
+        }
+    }
+}
+
+}  // namespace
+
+const LinearKernels& linear_avx512() {
+    static const LinearKernels table{prepare_row, tiles, false};
+    return table;
+}
+
+const LinearKernels& linear_avx512_bf16() {
+    static const LinearKernels table{prepare_row, tiles_bf16, true};
+    return table;
+}
+
 }  // namespace criadero

@@ -1,4 +1,47 @@
-#include "linear.h"
+// bf16 weights with AVX512_BF16: `vdpbf16ps` multiplies pairs of bf16, so the activations are rounded to bf16 too.
+#include "linear_avx512.h"
+
 namespace criadero {
-const LinearKernels& linear_avx512_bf16() { return linear_portable(); }
+
+namespace {
+
+template <int M, bool KEEP>
+void product(const Weights& w, const Block& b, int first, int last, float* y, size_t stride, bool add) {
+    for (int t = first; t < last; ++t) {
+        const uint8_t* p = w.data + (size_t)t * w.tile_bytes;
+        __m512 sums[M];
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) sums[m] = _mm512_setzero_ps();
+        const uint16_t* x = b.bf16;
+        for (int s = 0; s < w.padded / SLICE; ++s, x += M * SLICE) {
+#pragma GCC unroll 4
+            for (int k = 0; k < SLICE; k += 2, p += 64) {
+                _mm_prefetch((const char*)p + 4096, KEEP ? _MM_HINT_T0 : _MM_HINT_NTA);
+                const __m512bh v = (__m512bh)_mm512_loadu_si512(p);
+#pragma GCC unroll 16
+                for (int m = 0; m < M; ++m) {
+                    int32_t pair;
+                    __builtin_memcpy(&pair, x + m * SLICE + k, 4);
+                    sums[m] = _mm512_dpbf16_ps(sums[m], v, (__m512bh)_mm512_set1_epi32(pair));
+                }
+            }
+        }
+        store_tile<M>(w, b, t, sums, nullptr, y, stride, add);
+    }
+}
+
+}  // namespace
+
+void avx512_bf16_tiles(const Weights& w, const Block& b, int first, int last, float* y, size_t stride, bool add) {
+    switch (b.width) {
+        case 1: return product<1, false>(w, b, first, last, y, stride, add);
+        case 2: return product<2, false>(w, b, first, last, y, stride, add);
+        case 4: return product<4, false>(w, b, first, last, y, stride, add);
+        case 6: return product<6, false>(w, b, first, last, y, stride, add);
+        case 8: return product<8, false>(w, b, first, last, y, stride, add);
+        case 12: return product<12, false>(w, b, first, last, y, stride, add);
+        default: return b.again ? product<16, true>(w, b, first, last, y, stride, add) : product<16, false>(w, b, first, last, y, stride, add);
+    }
+}
+
 }  // namespace criadero

@@ -24,6 +24,7 @@ void prepare_row(const Block& b, int row, int from, int to, int columns, const f
             const bool tiny = largest_of < 1e-30f;
             const float scale = tiny ? 0.0f : largest_of / 127.0f, inverse = tiny ? 0.0f : 127.0f / largest_of;
             b.scales[span / SPAN * b.width + row] = scale;
+            int32_t total = 0;
             for (int slice = span; slice < stop; slice += SLICE) {
                 int8_t* q = b.q + ((size_t)(slice / SLICE) * b.width + row) * SLICE;
                 int32_t sums[2] = {0, 0};
@@ -34,10 +35,12 @@ void prepare_row(const Block& b, int row, int from, int to, int columns, const f
                     sums[k / 16] += n;
                 }
                 b.sums[slice / SLICE * b.width + row] = -8 * (sums[0] + sums[1]);
+                total += sums[0] + sums[1];
                 if (b.fine) {
                     for (int h = 0; h < 2; ++h) b.fine[(slice / SLICE * 2 + h) * b.width + row] = -8 * sums[h];
                 }
             }
+            b.totals[span / SPAN * b.width + row] = -8 * total;
         }
     }
     for (int k = from; k < end; ++k) {
@@ -48,61 +51,69 @@ void prepare_row(const Block& b, int row, int from, int to, int columns, const f
     }
 }
 
-// The sum over columns [from, from + count) of weights of row r times q of row m, as integers
-inline int32_t dot(const Weights& w, const uint8_t* tile, int r, const Block& b, int m, int from, int count) {
-    int32_t sum = 0;
-    for (int k = from; k < from + count; ++k) {
-        const int x = b.q[((size_t)(k / SLICE) * b.width + m) * SLICE + k % SLICE];
-        const int v = w.kind == Kind::int8 ? tile[k / 4 * 64 + r * 4 + k % 4] - 128 : (tile[k / 8 * 64 + r * 4 + k % 4] >> (k % 8 / 4 * 4)) & 15;
-        sum += v * x;
+// 16 rows of a tile for one row of activations: sums[r] over columns [from, from + count) of a span.
+inline void dots(const Weights& w, const uint8_t* span, const int8_t* q, int width, int from, int count, int32_t* sums) {
+    for (int r = 0; r < TILE; ++r) sums[r] = 0;
+    for (int k = from; k < from + count; k += 4) {
+        const int8_t* x = q + (size_t)(k / SLICE) * width * SLICE + k % SLICE;
+        const uint8_t* v = w.kind == Kind::int8 ? span + k / 4 * 64 : span + k / 8 * 64;
+        const int shift = k % 8 / 4 * 4;
+        for (int r = 0; r < TILE; ++r) {
+            for (int i = 0; i < 4; ++i) sums[r] += (w.kind == Kind::int8 ? v[4 * r + i] - 128 : (v[4 * r + i] >> shift) & 15) * x[i];
+        }
     }
-    return sum;
 }
 
-float product(const Weights& w, const uint8_t* tile, int r, const Block& b, int m) {
-    float y = 0;
-    if (w.kind == Kind::f32 || w.kind == Kind::bf16) {
-        for (int k = 0; k < w.padded; ++k) {
-            const float v = w.kind == Kind::f32 ? ((const float*)tile)[k * TILE + r] : bf16_to_float(((const uint16_t*)tile)[(k / 2 * TILE + r) * 2 + k % 2]);
-            y += v * b.f32[((size_t)(k / SLICE) * b.width + m) * SLICE + k % SLICE];
+void dense(const Weights& w, const uint8_t* tile, const Block& b, int m, float* y) {
+    for (int k = 0; k < w.padded; ++k) {
+        const float x = b.f32[((size_t)(k / SLICE) * b.width + m) * SLICE + k % SLICE];
+        for (int r = 0; r < TILE; ++r) {
+            y[r] += x * (w.kind == Kind::f32 ? ((const float*)tile)[k * TILE + r] : bf16_to_float(((const uint16_t*)tile)[(k / 2 * TILE + r) * 2 + k % 2]));
         }
-        return y;
     }
-    const uint16_t* scales = (const uint16_t*)(tile + w.scale_bytes);
-    const uint16_t* mins = scales + (size_t)w.padded / (w.group ? w.group : w.padded) * TILE;
-    for (int span = 0; span < w.padded; span += SPAN) {
-        const int stop = least(span + SPAN, w.padded);
-        const float scale = b.scales[span / SPAN * b.width + m];
-        if (!w.group) {
-            y += (float)dot(w, tile, r, b, m, span, stop - span) * scale;
-            continue;
-        }
-        float f = 0;
-        for (int k = span; k < stop; k += w.group) {
-            const int g = k / w.group;
-            int32_t c = dot(w, tile, r, b, m, k, w.group);
+}
+
+void quantised(const Weights& w, const uint8_t* tile, const Block& b, int m, float* y) {
+    for (int from = 0; from < w.padded; from += SPAN) {
+        const int width = least(SPAN, w.padded - from), slice = from / SLICE;
+        const uint8_t* span = tile + (size_t)(from / SPAN) * w.span_bytes;
+        const uint16_t* scales = (const uint16_t*)(span + (size_t)width * (w.kind == Kind::int8 ? TILE : TILE / 2));
+        const int8_t* q = b.q + ((size_t)slice * b.width + m) * SLICE;
+        const float scale = b.scales[from / SPAN * b.width + m];
+        const int step = w.group ? w.group : width;
+        float f[TILE] = {0};
+        for (int k = 0; k < width; k += step) {
+            int32_t c[TILE];
+            dots(w, span, q, b.width, k, step, c);
             int32_t offset = 0;  // -8 x the sum of the activations
             if (w.kind != Kind::int8) {
-                for (int s = k / SLICE; s < (k + w.group) / SLICE; ++s) offset += b.sums[s * b.width + m];
+                for (int s = slice + k / SLICE; s < slice + (k + step) / SLICE; ++s) offset += b.sums[s * b.width + m];
             }
-            if (w.kind == Kind::int4) c += offset;
-            f += (float)c * half_to_float(scales[g * TILE + r]);
-            if (w.kind == Kind::int4_mins) f += (float)offset * (half_to_float(mins[g * TILE + r]) * 0.125f);
+            for (int r = 0; r < TILE; ++r) {
+                if (!w.group) {
+                    f[r] = (float)c[r];
+                    continue;
+                }
+                const int32_t sum = w.kind == Kind::int4 ? c[r] + offset : c[r];
+                f[r] += (float)sum * half_to_float(scales[k / step * TILE + r]);
+                if (w.kind == Kind::int4_mins) f[r] += (float)offset * (half_to_float(scales[(width / step + k / step) * TILE + r]) * 0.125f);
+            }
         }
-        y += f * scale;
+        for (int r = 0; r < TILE; ++r) y[r] += f[r] * scale;
     }
-    return w.group ? y * w.unit : y * ((const float*)(tile + w.scale_bytes))[r];
+    const float* row_scales = (const float*)(tile + (size_t)w.padded * TILE);
+    for (int r = 0; r < TILE; ++r) y[r] *= w.group ? w.unit : row_scales[r];
 }
 
 void tiles(const Weights& w, const Block& b, int first, int last, float* y, size_t stride, bool add) {
     for (int t = first; t < last; ++t) {
         const uint8_t* tile = w.data + (size_t)t * w.tile_bytes;
-        for (int n = t * TILE; n < least(t * TILE + TILE, w.rows); ++n) {
-            for (int m = 0; m < b.rows; ++m) {
-                const float value = product(w, tile, n % TILE, b, m);
-                float* to = y + (size_t)m * stride + n;
-                *to = add ? *to + value : value;
-            }
+        for (int m = 0; m < b.rows; ++m) {
+            float made[TILE] = {0};
+            if (w.kind == Kind::f32 || w.kind == Kind::bf16) dense(w, tile, b, m, made);
+            else quantised(w, tile, b, m, made);
+            float* to = y + (size_t)m * stride + t * TILE;
+            for (int r = 0; r < least(TILE, w.rows - t * TILE); ++r) to[r] = add ? to[r] + made[r] : made[r];
         }
     }
 }
