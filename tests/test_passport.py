@@ -393,3 +393,24 @@ def test_a_proof_cannot_be_bent(tmp_path: Path) -> None:
         proofs.check({key: value for key, value in inside.items() if key != "hashes"}, root)
     with pytest.raises(UserError, match="does not lead to this root"):
         proofs.check(inside, "sha256:" + "0" * 64)
+
+
+def test_an_adapter_is_opened_only_on_a_base_that_is_whole(tmp_path: Path) -> None:
+    make(tmp_path / "base")
+    with create(tmp_path / "shop", kind="adapter", config={}) as draft:
+        draft.add_input("finetune_of", tmp_path / "base")
+        (draft.path / "adapter_config.json").write_text('{"base_model_name_or_path": "../base"}')
+    assert require(tmp_path / "shop") == tmp_path / "shop"
+    (tmp_path / "base" / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"base is not opened, a passport is required: config\.json: changed"):
+        require(tmp_path / "shop")
+
+
+def test_load_asks_for_the_passport(tmp_path: Path) -> None:
+    from criadero.checkpoints import load_model
+
+    folder = shutil.copytree(artifact.BUNDLED / "cria", tmp_path / "cria")
+    assert load_model(folder, require_passport=True)
+    (folder / "README.md").write_text("nothing of the kind")
+    with pytest.raises(UserError, match=r"is not opened, a passport is required: README\.md: changed"):
+        load_model(folder, require_passport=True)

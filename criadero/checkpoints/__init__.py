@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from criadero.artifact import Artifact, read_passport, resolve
+from criadero.artifact import Artifact, read_passport, require, resolve
 from criadero.chat import Template, load_template
 from criadero.checkpoints.gguf import read_gguf, read_gguf_config, write_gguf
+from criadero.checkpoints.gguf_quantised import is_quantised_gguf, read_gguf_quantised
 from criadero.checkpoints.gguf_vocab import read_gguf_template, read_gguf_tokenizer
 from criadero.checkpoints.meta import is_meta_folder, read_meta
 from criadero.checkpoints.packed import (
@@ -31,11 +32,13 @@ from criadero.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "is_quantised",
+    "is_quantised_gguf",
     "load_config",
     "load_model",
     "load_quantised",
     "read_gguf",
     "read_gguf_config",
+    "read_gguf_quantised",
     "read_gguf_template",
     "read_gguf_tokenizer",
     "read_hf",
@@ -52,18 +55,23 @@ Ref = str | Path | Artifact
 ADAPTER = "adapter_config.json"
 
 
-def load_model(ref: Ref, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Llama:
+def load_model(
+    ref: Ref, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", require_passport: bool = False
+) -> Llama:
     """The model that ``ref`` means: a bundled name, an artifact, a Hugging Face or Meta folder, a ``.gguf`` file.
 
     An adapter is merged into its base. ``dtype`` default: as stored (float32 for what was quantised). In evaluation mode.
+    With ``require_passport`` every file of it (and of an adapter's base) has to be as its passport says: UserError otherwise.
     """
     path = _place(ref)
+    if require_passport:
+        require(path)
     if path.is_dir() and (path / ADAPTER).is_file():
         from criadero.lora import load_adapter, merge
 
         base = adapter_base(path)
         _check_base(path, base)
-        model = load_model(base, dtype=dtype, device=device)
+        model = load_model(base, dtype=dtype, device=device, require_passport=require_passport)
         load_adapter(model, path)
         model.config = _with_ends(model.config, path)
         return merge(model).requires_grad_(True).eval()

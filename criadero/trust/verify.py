@@ -17,6 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from criadero import artifact
 from criadero.artifact import RELATIONS, resolve
 from criadero.errors import UserError
 from criadero.merkle import WIDTH, chunk_leaf, folder_root, hash_file
@@ -97,11 +98,18 @@ def verify(
 
 
 def require(ref: str | Path, *, pubkey: str | Path | None = None) -> Path:
-    """The folder, once it (and with `pubkey` its signature) has been verified; UserError otherwise."""
+    """The folder, once it (and with `pubkey` its signature, and an adapter's base) has been verified; UserError otherwise.
+
+    A base need not be signed with the same key: the adapter's passport names it by its id, and loading holds it to that.
+    """
     report = verify(ref, pubkey=pubkey)
     if report.problems:
         more = f" and {len(report.problems) - 1} more" if len(report.problems) > 1 else ""
         raise UserError(f"{report.folder} is not opened, a passport is required: {report.problems[0]}{more}")
+    if (report.folder / "adapter_config.json").is_file():
+        from criadero.checkpoints import adapter_base
+
+        artifact.require(adapter_base(report.folder))
     return report.folder
 
 
