@@ -51,7 +51,7 @@ def _halves(raw: Bytes) -> Floats:
     return np.ascontiguousarray(raw[:, :2]).view("<f2").astype(np.float32)
 
 
-def _nibbles(raw: Bytes) -> Bytes:
+def nibbles(raw: Bytes) -> Bytes:
     """``[N, 16]`` bytes -> ``[N, 32]`` values below 16: low halves first, then high halves."""
     return np.concatenate((raw & 0x0F, raw >> 4), axis=1)
 
@@ -66,24 +66,24 @@ def _unpack_q8_0(raw: Bytes) -> Floats:
 
 
 def _unpack_q4_0(raw: Bytes) -> Floats:
-    return _halves(raw) * (_nibbles(raw[:, 2:]).astype(np.int8) - 8).astype(np.float32)
+    return _halves(raw) * (nibbles(raw[:, 2:]).astype(np.int8) - 8).astype(np.float32)
 
 
 def _unpack_q4_1(raw: Bytes) -> Floats:
-    return _halves(raw) * _nibbles(raw[:, 4:]).astype(np.float32) + _halves(raw[:, 2:])
+    return _halves(raw) * nibbles(raw[:, 4:]).astype(np.float32) + _halves(raw[:, 2:])
 
 
 def _unpack_q5_0(raw: Bytes) -> Floats:
-    values = (_nibbles(raw[:, 6:]) | _fifth_bits(raw[:, 2:6])).astype(np.int8) - 16
+    values = (nibbles(raw[:, 6:]) | _fifth_bits(raw[:, 2:6])).astype(np.int8) - 16
     return _halves(raw) * values.astype(np.float32)
 
 
 def _unpack_q5_1(raw: Bytes) -> Floats:
-    values = _nibbles(raw[:, 8:]) | _fifth_bits(raw[:, 4:8])
+    values = nibbles(raw[:, 8:]) | _fifth_bits(raw[:, 4:8])
     return _halves(raw) * values.astype(np.float32) + _halves(raw[:, 2:])
 
 
-def _k_scales(raw: Bytes) -> tuple[Floats, Floats]:
+def k_scales(raw: Bytes) -> tuple[Floats, Floats]:
     """Eight 6-bit scales and eight 6-bit minimums from 12 bytes: ``[N, 8]`` each."""
     low, middle, high = raw[:, 0:4], raw[:, 4:8], raw[:, 8:12]
     scales = np.concatenate((low & 0x3F, (high & 0x0F) | (low >> 6 << 4)), axis=1)
@@ -91,32 +91,36 @@ def _k_scales(raw: Bytes) -> tuple[Floats, Floats]:
     return scales.astype(np.float32), minimums.astype(np.float32)
 
 
-def _k_values(raw: Bytes) -> Bytes:
+def k_values(raw: Bytes) -> Bytes:
     """128 bytes -> ``[N, 8, 32]`` values below 16: each run of 32 bytes holds two sub-blocks, low halves first."""
     runs = raw.reshape(-1, 4, 1, 32) >> np.array([0, 4], np.uint8)[None, None, :, None]
     return (runs & 0x0F).reshape(-1, 8, 32)
 
 
 def _unpack_q4_k(raw: Bytes, values: Bytes | None = None) -> Floats:
-    scales, minimums = _k_scales(raw[:, 4:16])
-    values = _k_values(raw[:, 16:]) if values is None else values
+    scales, minimums = k_scales(raw[:, 4:16])
+    values = k_values(raw[:, 16:]) if values is None else values
     scale, minimum = (_halves(raw) * scales)[..., None], (_halves(raw[:, 2:]) * minimums)[..., None]
     return (scale * values.astype(np.float32) - minimum).reshape(-1, 256)
 
 
 def _unpack_q5_k(raw: Bytes) -> Floats:
     bits = (raw[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[None, :, None]) & 1  # [N, 8, 32]
-    return _unpack_q4_k(raw, _k_values(raw[:, 48:]) | (bits << 4))
+    return _unpack_q4_k(raw, k_values(raw[:, 48:]) | (bits << 4))
 
 
-def _unpack_q6_k(raw: Bytes) -> Floats:
+def q6_k_values(raw: Bytes) -> NDArray[np.int8]:
+    """Blocks of 210 bytes ``[N, 210]`` -> ``[N, 16, 16]`` numbers of -32..31."""
     # two halves of 128 weights; a half has 64 bytes of low nibbles and 32 bytes of upper bit pairs
     low, high = raw[:, :128].reshape(-1, 2, 1, 64), raw[:, 128:192].reshape(-1, 2, 1, 32)
     low = (low >> np.array([0, 4], np.uint8)[None, None, :, None]) & 0x0F  # [N, 2, 2, 64]
     high = (high >> np.array([0, 2, 4, 6], np.uint8)[None, None, :, None]) & 3  # [N, 2, 4, 32]
-    values = (low.reshape(-1, 16, 16) | (high.reshape(-1, 16, 16) << 4)).astype(np.int8) - 32
+    return (low.reshape(-1, 16, 16) | (high.reshape(-1, 16, 16) << 4)).astype(np.int8) - 32
+
+
+def _unpack_q6_k(raw: Bytes) -> Floats:
     scales = _halves(raw[:, 208:]) * raw[:, 192:208].view(np.int8).astype(np.float32)  # [N, 16]
-    return (scales[..., None] * values.astype(np.float32)).reshape(-1, 256)
+    return (scales[..., None] * q6_k_values(raw).astype(np.float32)).reshape(-1, 256)
 
 
 def _pack_q8_0(blocks: Floats) -> Bytes:

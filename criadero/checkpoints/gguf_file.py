@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from criadero.checkpoints.ggml import FORMATS, unpack
@@ -190,13 +191,19 @@ def _checked_tensors(
     return tensors
 
 
-def read_tensor(header: Header, name: str) -> Tensor:
-    """One tensor: as stored when it is F32, F16 or BF16, unpacked to float32 otherwise."""
+def read_bytes(header: Header, name: str) -> NDArray[np.uint8]:
+    """The bytes of one tensor as they stand in the file."""
     info = header.tensors[name]
     raw = np.fromfile(header.path, dtype=np.uint8, count=info.size, offset=info.offset)
     if len(raw) != info.size:
         raise UserError(f"{header.path}: the file shrank while it was read; get the file again")
-    return unpack(raw, info.kind, info.shape)
+    return raw
+
+
+def read_tensor(header: Header, name: str) -> Tensor:
+    """One tensor: as stored when it is F32, F16 or BF16, unpacked to float32 otherwise."""
+    info = header.tensors[name]
+    return unpack(read_bytes(header, name), info.kind, info.shape)
 
 
 # --- writing ---
