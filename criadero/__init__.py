@@ -17,11 +17,12 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Artifact": ("criadero.artifact", "Artifact"),
     "LLM": ("criadero.engine.llm", "LLM"),
-    "SamplingParams": ("criadero.engine.generate", "SamplingParams"),
+    "SamplingParams": ("criadero.engine.request", "SamplingParams"),
     "UserError": ("criadero.errors", "UserError"),
     "load": ("criadero.checkpoints", "load_model"),
     "open": ("criadero.artifact", "open_artifact"),
     "pretrain": ("criadero.run", "pretrain"),
+    "quantize": ("criadero.run", "quantize"),
     "show": ("criadero.summary", "describe"),
     "tune": ("criadero.run", "tune"),
     "verify": ("criadero.artifact", "verify"),

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.text import Text
 
 from criadero.artifact import Artifact, open_artifact
-from criadero.chat import Message, render
-from criadero.engine.generate import SamplingParams
-from criadero.engine.llm import LLM
+from criadero.chat import Message
+from criadero.engine.llm import LLM, fit
+from criadero.engine.request import SamplingParams
 from criadero.errors import UserError
 from criadero.trust.last import keep_last
 
@@ -30,33 +30,12 @@ HOTTEST = 2  # a higher temperature makes noise of any model
 NAME = 12  # characters of a model's name before its answers
 
 
-def fit(llm: LLM, messages: list[Message], answer_tokens: int) -> tuple[list[Message], int]:
-    """The newest turns that leave room for an answer, and how many older messages had to be left out.
-
-    A system message stays; whole question-and-answer turns go, oldest first. UserError when the last question alone is too long.
-    """
-    context = llm.model.config.max_position_embeddings
-    answer_tokens = min(answer_tokens, context // 2)  # a long answer must not push out the whole conversation
-    system = [m for m in messages[:1] if m["role"] == "system"]
-    rest, dropped = messages[len(system) :], 0
-    while True:
-        used = len(render([*system, *rest], llm.tokenizer, llm.template, add_generation_prompt=True).ids)
-        if used + answer_tokens <= context:
-            return [*system, *rest], dropped
-        if len(rest) < 3:
-            if used + 16 <= context:
-                return [*system, *rest], dropped
-            raise UserError(f"this message takes {used} tokens and the model's context is {context}; shorten it")
-        rest, dropped = rest[2:], dropped + 2
-
-
 def reply(llm: LLM, messages: list[Message], *, max_tokens: int, temperature: float, seed: int | None) -> Iterator[str]:
     """Pieces of the answer, with settings that suit small models: a little penalty against repeating."""
-    room = llm.model.config.max_position_embeddings
     penalty = 1.0 if temperature == 0 else 1.1
     yield from llm.chat(
         messages,
-        max_tokens=min(max_tokens, room),
+        max_tokens=min(max_tokens, llm.context),
         temperature=temperature,
         top_p=0.9,
         repetition_penalty=penalty,
@@ -154,9 +133,7 @@ def _greeting(llm: LLM) -> Text:
         text.append(f" ({artifact.kind}, {artifact.id[7:19]})")
     else:
         text.append(str(llm.path), style="bold")
-    return text.append(
-        f": {llm.model.config.parameters():,} parameters, context {llm.model.config.max_position_embeddings}"
-    )
+    return text.append(f": {llm.config.parameters():,} parameters, context {llm.context}")
 
 
 def _turns(lines: Iterable[str] | None, prompt: str, console: Console) -> Iterator[str]:

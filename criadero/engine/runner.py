@@ -105,10 +105,12 @@ def make_runner(
             "the native runner is not installed (criadero.kernels has no compiled module): use runner torch"
         )
     threads = threads or physical_cores()
-    pages = cache_pages(
-        ref, page=page, pages=pages, memory=kv_memory, sequences=sequences, kv=kv, runner=runner, device=device
-    )
-    check_fits(ref, page=page, pages=pages, weights=weights, kv=kv, runner=runner, device=device)
+    from criadero.checkpoints import load_config
+
+    shape = load_config(ref)
+    form = "bfloat16" if kv == "auto" and device.startswith("cuda") else kv
+    pages = cache_pages(shape, page=page, pages=pages, memory=kv_memory, sequences=sequences, kv=form, device=device)
+    check_fits(ref, shape, page=page, pages=pages, weights=weights, kv=form, runner=runner, device=device)
     options: dict[str, Any] = {"page": page, "pages": pages, "threads": threads, "weights": weights, "kv": kv}
     if runner == "native":
         native = importlib.import_module("criadero.engine.native")
