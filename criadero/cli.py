@@ -150,7 +150,7 @@ def _make(
 ) -> None:  # fmt: skip
     """Run one stage from positional words, flags and a recipe file, and say what was made."""
     from criadero.recipe import split_flags
-    from criadero.run import STAGES, make, read_recipe, tuned_name
+    from criadero.run import STAGES, make, quantised_name, read_recipe, tuned_name
 
     cls, _ = STAGES[stage]()
     words, flags = split_flags(cls, args or [], also=_OWN)
@@ -168,12 +168,14 @@ def _make(
         raise UserError(f"{' and '.join(missing)} must be given: see --help")
     if out is None and stage == "sft":
         out = Path(tuned_name(values["base"], values["data"]))
+    if out is None and stage == "quantize":
+        out = Path(quantised_name(values["model"], str(values.get("to", "int4"))))
     if out is None:
         raise UserError("--out must be given: the folder to make")
     where = f"{recipe} and flags" if recipe and flags else str(recipe or "flags")
     made = make(stage, values, out, overwrite=overwrite, resume=resume, where=where)
     print(f"{made.path}: {made.kind} {made.id.removeprefix('sha256:')[:12]}")
-    if stage == "sft":
+    if stage in ("sft", "quantize"):
         print(f"talk to it: criadero chat {made.path}")
 
 
@@ -193,6 +195,9 @@ def _add_stage(verbs: typer.Typer, name: str, stage: str, positional: tuple[str,
 
 
 _add_stage(app, "tune", "sft", ("base", "data"), "Customise a model with examples of your own.")
+_add_stage(
+    app, "quantize", "quantize", ("model",), "Make a model small: 4 or 8 bits a weight, measured before and after."
+)
 _add_stage(app, "pretrain", "pretrain", ("data",), "Train a base model on tokens, from random weights.")
 
 

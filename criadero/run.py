@@ -41,6 +41,7 @@ STAGES: Stages = {
     "unique": functools.partial(_load, "criadero.trust.repeats", "UniqueRecipe", "build_unique"),
     "pretrain": functools.partial(_load, "criadero.train.pretrain", "PretrainRecipe", "pretrain"),
     "sft": functools.partial(_load, "criadero.train.sft", "SftRecipe", "sft"),
+    "quantize": functools.partial(_load, "criadero.quantization.stage", "QuantizeRecipe", "quantize"),
     "self_instruct": functools.partial(_load, "criadero.synth.self_instruct", "SelfInstructRecipe", "self_instruct"),
     "evol_instruct": functools.partial(_load, "criadero.synth.evol_instruct", "EvolInstructRecipe", "evol_instruct"),
     "clean_chats": functools.partial(_load, "criadero.synth.clean_chats", "CleanChatsRecipe", "clean_chats"),
@@ -82,6 +83,20 @@ def tuned_name(base: Any, data: Any) -> str:
 def pretrain(*, out: str | Path, overwrite: bool = False, **fields: Any) -> Artifact:
     """Train a base model from random weights. `fields` are the pretrain recipe's."""
     return make("pretrain", fields, out, overwrite=overwrite, where="pretrain")
+
+
+def quantize(
+    model: Any, to: str = "int4", *, out: str | Path | None = None, overwrite: bool = False, **fields: Any
+) -> Artifact:
+    """Make a model small: ``quantize("cria", "int4")``. `fields` are the quantize recipe's."""
+    values = {"model": model, "to": to, **fields}
+    return make("quantize", values, out or quantised_name(model, to), overwrite=overwrite, where="quantize")
+
+
+def quantised_name(model: Any, to: str) -> str:
+    """Where `quantize` writes when it is not told: ``cria`` and ``int4`` give ``cria-int4``."""
+    path = model.path if isinstance(model, Artifact) else Path(model)
+    return f"{path.name.removesuffix('.gguf')}-{to}"
 
 
 def read_recipe(file: Path, stage: str) -> dict[str, Any]:
