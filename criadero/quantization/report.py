@@ -107,7 +107,7 @@ def card(
     ]  # fmt: skip
     if figures.groups:
         text += [
-            f"On text of `{Path(figures.text or "").name}` that was not calibrated on; loss in nats a token.", "",
+            f"On text of `{Path(figures.text or '').name}` that was not calibrated on; loss in nats a token.", "",
             "| text | tokens | loss before | loss after | perplexity before | after |", "|---|---|---|---|---|---|",
         ]  # fmt: skip
         n = sum(row["n"] for row in figures.groups)
