@@ -11,6 +11,7 @@ to exit with 2 to 5, others with 0. Comments before a block say more:
     <!-- file: shop.jsonl -->       the block is this file (its first lines are repeated where a test needs more)
     <!-- output varies -->          the output is not compared: a model's own words, or a clock
     <!-- not run: REASON -->        the block is not run
+    <!-- exits with 3 -->           each command of the block does, and says no error
 """
 
 from __future__ import annotations
@@ -171,7 +172,9 @@ def run_story(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: 
         else:
             for command, expected in commands_of(block.text):
                 code, output = run_command(command, expected, capfd)
-                wanted = (2, 3, 4, 5) if expected and expected[0].startswith("error:") else (0,)
+                wanted: tuple[int, ...] = (2, 3, 4, 5) if expected and expected[0].startswith("error:") else (0,)
+                if match := re.fullmatch(r"exits with (\d)", block.note):
+                    wanted = (int(match[1]),)
                 assert code in wanted, f"{where}: {command} exits with {code}:\n{output}"
                 if block.note != "output varies":
                     compare(expected, output, f"{where}: {command}")
