@@ -3,8 +3,8 @@
 Data is cut at ends of documents into shards, each sorted by libdivsufsort (Yuta Mori; package ``pydivsufsort``). It sorts
 bytes, so tokens are laid out with the high byte first and the suffixes that begin within a token are left out afterwards.
 
-Files: ``tokens.bin`` (big-endian, 2 bytes a token below 65 536 entries, else 4), ``suffixes.bin`` (uint32: positions in the
-shard, in order), ``keys.bin`` (uint64: the first 8 bytes of every 128th suffix), ``documents.bin`` (uint64: where each
+Files: ``tokens.bin`` (big-endian, 2 bytes a token below 65 536 entries, else 4), ``suffixes.bin`` (positions in the shard, in
+order, in as many bits as they need), ``keys.bin`` (uint64: the first 8 bytes of every 128th suffix), ``documents.bin`` (uint64: where each
 begins, and the end), ``rows.bin`` (uint16: its row of index.json's ``rows``: source, language, licence), ``names.bin`` (ids and
 dates of documents, compressed by 256), ``unigrams.bin`` (uint64), ``index.json``, and the tokenizer's files.
 """
@@ -233,20 +233,23 @@ def write_index(
         file.write(bytes(PADDING))
     unigrams.tofile(folder / "unigrams.bin")
     np.append(documents[:, 0], [len(ids)]).astype("<u8").tofile(folder / "documents.bin")
+    longest = max(size for _, size in shards)
+    bits = max(2, (longest - 1).bit_length() + (longest - 1).bit_length() % 2)  # even: four entries fill whole bytes
     with (folder / "suffixes.bin").open("wb") as suffixes, (folder / "keys.bin").open("wb") as keys:
-        suffixes.truncate(len(ids) * 4)
+        order_at = np.cumsum([0] + [-(-size // 4) * (bits // 2) for _, size in shards]).tolist()
+        suffixes.truncate(order_at[-1] + PADDING)
         keys.truncate(sum(-(-size // STEP) for _, size in shards) * 8)
     key_at = np.concatenate([[0], np.cumsum([-(-size // STEP) for _, size in shards])]).astype(np.int64)
 
     def one(number: int) -> None:
         start, size = shards[number]
-        sort_shard(folder, start, size, int(key_at[number]), width)
+        sort_shard(folder, start, size, int(key_at[number]), order_at[number], width, bits)
         print(f"index: shard {number + 1} of {len(shards)}, {size:,} tokens", file=sys.stderr, flush=True)
 
     with ThreadPoolExecutor(2) as pool:  # the sorting itself holds no lock of Python's
         list(pool.map(one, range(len(shards))))
     return {
-        "format": FORMAT, "width": width, "vocab_size": vocab_size, "boundaries": sorted(set(boundaries)), "shards": shards,
+        "format": FORMAT, "width": width, "bits": bits, "vocab_size": vocab_size, "boundaries": sorted(set(boundaries)), "shards": shards,
         "documents": len(documents),
     }  # fmt: skip
 
@@ -263,7 +266,7 @@ def check_documents(ids: np.ndarray, documents: np.ndarray, eos: int) -> None:
         raise UserError(f"document {int(bad[0])} does not end with eos: pack the data again")
 
 
-def sort_shard(folder: Path, start: int, size: int, key_at: int, width: int) -> None:
+def sort_shard(folder: Path, start: int, size: int, key_at: int, order_at: int, width: int, bits: int) -> None:
     """Write one shard's part of suffixes.bin and keys.bin."""
     count = size * width
     text = np.zeros(count + 8, np.uint8)  # 8 more, so that 8 bytes can be read from the last token
@@ -280,15 +283,35 @@ def sort_shard(folder: Path, start: int, size: int, key_at: int, width: int) -> 
     keys = np.empty(-(-size // STEP), "<u8")
     done = 0
     with (folder / "suffixes.bin").open("r+b") as file:
-        file.seek(start * 4)
+        file.seek(order_at)
+        rest = np.empty(0, "<u4")
         for at in range(0, count, PIECE):
             piece = order[at : at + PIECE]
             whole = (piece[(piece & (width - 1)) == 0] // width).astype("<u4")  # those that begin with a token
-            whole.tofile(file)
+            rest = np.concatenate([rest, whole])
+            fours = len(rest) // 4 * 4
+            packed(rest[:fours], bits).tofile(file)
+            rest = rest[fours:]
             sampled = whole[-done % STEP :: STEP]
             first = -(-done // STEP)
             keys[first : first + len(sampled)] = eights[sampled]
             done += len(whole)
+        packed(np.pad(rest, (0, -len(rest) % 4)), bits).tofile(file)
     with (folder / "keys.bin").open("r+b") as file:
         file.seek(key_at * 8)
         keys.tofile(file)
+
+
+def packed(values: np.ndarray, bits: int) -> np.ndarray:
+    """Numbers below 2**bits (their count a multiple of 4, `bits` even) one behind the other, the low bits first: uint8."""
+    four = values.reshape(-1, 4).astype(np.uint64)  # four take bits / 2 bytes, at most 16
+    halves = np.zeros((len(four), 2), "<u8")
+    for k in range(4):
+        shift = k * bits
+        if shift < 64:
+            halves[:, 0] |= four[:, k] << np.uint64(shift)  # what goes over the top falls away
+            if shift + bits > 64:
+                halves[:, 1] |= four[:, k] >> np.uint64(64 - shift)
+        else:
+            halves[:, 1] |= four[:, k] << np.uint64(shift - 64)
+    return np.ascontiguousarray(halves.view(np.uint8)[:, : bits // 2])

@@ -88,8 +88,8 @@ def holders(index: Index, text: str, *, min_tokens: int = 20, min_share: float =
                     f"{least} tokens of the text stand in {count:,} places: give a longer text or --min-tokens"
                 )
             for shard in np.flatnonzero(hi[n] > lo[n]).tolist():
-                begin = int(index.starts[shard])
-                positions = begin + index.suffixes[begin + lo[n, shard] : begin + hi[n, shard]].astype(np.int64)
+                entries = np.arange(lo[n, shard], hi[n, shard])
+                positions = index.places(entries, np.full(len(entries), shard))
                 for number in np.unique(index.document_of(positions)).tolist():
                     runs = inside.setdefault(number, [])
                     if runs and runs[-1][0] < start <= runs[-1][1]:

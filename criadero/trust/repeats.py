@@ -75,8 +75,8 @@ def _first(index: Index, lo: np.ndarray, hi: np.ndarray, known: dict[tuple[int, 
     for n, number in enumerate(shard.tolist()):
         key = (number, int(lo[n, number]))
         if key not in known:
-            start = int(index.starts[number])
-            known[key] = start + int(index.suffixes[start + key[1] : start + int(hi[n, number])].min())
+            entries = np.arange(key[1], int(hi[n, number]))
+            known[key] = int(index.places(entries, np.full(len(entries), number)).min())
         out[n] = known[key]
     return out
 

@@ -73,10 +73,14 @@ class Index:
         counts = [-(-int(size) // STEP) for size in self.sizes]
         self.key_starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         w, n = self.width, self.size
+        self.bits: int = about["bits"]  # of an entry of the suffix array
+        self._mask = (1 << self.bits) - 1
+        groups = -(-self.sizes // 4) * (self.bits // 2)  # bytes a shard: four entries take bits / 2 of them
+        self._order_at = np.cumsum(groups) - groups
         self._maps = {
             name: _mapped(folder / name, size)
             for name, size in {
-                "tokens.bin": n * w + PADDING, "suffixes.bin": n * 4, "keys.bin": int(self.key_starts[-1]) * 8,
+                "tokens.bin": n * w + PADDING, "suffixes.bin": int(groups.sum()) + PADDING, "keys.bin": int(self.key_starts[-1]) * 8,
                 "documents.bin": (self.documents + 1) * 8, "rows.bin": self.documents * 2,
             }.items()
         }  # fmt: skip
@@ -84,7 +88,8 @@ class Index:
         # [n]: the 8 bytes from each token on, as one big-endian number that orders as the tokens do
         self.eights = np.ndarray((n,), ">u8", self._text, strides=(w,))
         self.tokens = np.frombuffer(self._text, f">u{w}", n)
-        self.suffixes = np.frombuffer(self._order, "<u4", n)
+        # the 8 bytes from each byte of the suffix array on: an entry begins within a byte
+        self._entries = np.ndarray((int(groups.sum()) + 8,), "<u8", self._order, strides=(1,))
         self.keys = np.frombuffer(self._maps["keys.bin"], "<u8", int(self.key_starts[-1]))
         self.borders = np.frombuffer(self._maps["documents.bin"], "<u8", self.documents + 1)
         self.rows = np.frombuffer(self._maps["rows.bin"], "<u2", self.documents)
@@ -140,11 +145,12 @@ class Index:
     def _bisect(self, shard: int, pattern: bytes, lo: int, hi: int, right: bool) -> int:
         """The first suffix of lo to hi that is not before `pattern` (`right`: that neither is before nor begins with it)."""
         start, w, n, read = int(self.starts[shard]), self.width, len(pattern), struct.unpack_from
-        text, order = self._text, self._order
+        text, order, first, bits, mask = self._text, self._order, int(self._order_at[shard]), self.bits, self._mask
         head, short = pattern[:64], min(n, 64)
         while lo < hi:
             mid = (lo + hi) >> 1
-            at = (start + read("<I", order, 4 * (start + mid))[0]) * w
+            bit = mid * bits
+            at = (start + (read("<Q", order, first + (bit >> 3))[0] >> (bit & 7) & mask)) * w
             there = text[at : at + short]
             if there == head and n > 64:  # long sequences: only what ties is compared whole
                 there = text[at : at + n]
@@ -172,9 +178,11 @@ class Index:
 
     def _bisect_next(self, shard: int, depth: int, want: bytes, lo: int, hi: int, right: bool) -> int:
         start, w, read, text, order = int(self.starts[shard]), self.width, struct.unpack_from, self._text, self._order
+        first, bits, mask = int(self._order_at[shard]), self.bits, self._mask
         while lo < hi:
             mid = (lo + hi) >> 1
-            at = (start + read("<I", order, 4 * (start + mid))[0] + depth) * w
+            bit = mid * bits
+            at = (start + (read("<Q", order, first + (bit >> 3))[0] >> (bit & 7) & mask) + depth) * w
             there = text[at : at + w]
             if there < want or (right and there == want):
                 lo = mid + 1
@@ -196,13 +204,15 @@ class Index:
         found, before = [], 0
         for shard, lo, hi in intervals:
             here = wanted[(wanted >= before) & (wanted < before + hi - lo)] - before
-            found.append(self._places(self.starts[shard] + lo + here, np.full(len(here), shard)))
+            found.append(self.places(lo + here, np.full(len(here), shard)))
             before += hi - lo
         return np.sort(np.concatenate(found)) if found else np.empty(0, np.int64)
 
-    def _places(self, entries: np.ndarray, shards: np.ndarray) -> Positions:
-        """The positions that entries of the suffix array name. UserError when one lies outside its shard."""
-        inside = self.suffixes[entries].astype(np.int64)
+    def places(self, entries: np.ndarray, shards: np.ndarray) -> Positions:
+        """The positions that entries of the shards' orders name. UserError when one lies outside its shard."""
+        bit = entries * self.bits
+        eights = self._entries[self._order_at[shards] + (bit >> 3)].astype(np.int64)
+        inside = (eights >> (bit & 7)) & self._mask  # at most 32 + 7 bits: the sign does not matter
         if inside.size and bool((inside >= self.sizes[shards]).any()):
             raise UserError(f"{self.path}: suffixes.bin is damaged: build the index again (criadero data index)")
         return self.starts[shards] + inside
@@ -227,7 +237,7 @@ class Index:
             best = np.zeros(len(pairs), np.int64)
             for side in (place - 1, place):
                 there = np.flatnonzero((side >= 0) & (side < self.sizes[shard]) & (query.left[pairs] > 0))
-                spots = self._places(self.starts[shard[there]] + side[there], shard[there])
+                spots = self.places(side[there], shard[there])
                 best[there] = np.maximum(best[there], query.common(spots, pairs[there]))
             out[at : at + step] = best.reshape(shards, len(some)).max(0)
         return out
@@ -281,7 +291,7 @@ class Index:
         open_ = np.flatnonzero(lo < hi)
         while open_.size:
             middle = (lo[open_] + hi[open_]) >> 1
-            spots = self._places(self.starts[shard[open_]] + middle, shard[open_])
+            spots = self.places(middle, shard[open_])
             shared = np.minimum(low_shared[open_], high_shared[open_])
             before = query.before(spots, starts[open_], left[open_], shared, upper)
             low, high = open_[before], open_[~before]
