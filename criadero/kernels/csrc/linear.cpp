@@ -356,7 +356,7 @@ const LinearKernels& linear_kernels() {
     switch (level()) {
 #if defined(__x86_64__)
         case Level::avx512: return cpu().avx512_bf16 ? linear_avx512_bf16() : linear_avx512();
-        case Level::avx2: return linear_avx2();
+        case Level::avx2: return cpu().avx_vnni ? linear_avx_vnni() : linear_avx2();
 #elif defined(__aarch64__)
         case Level::neon: return linear_neon();
 #endif

@@ -151,6 +151,7 @@ struct LinearKernels {
 };
 const LinearKernels& linear_portable();
 const LinearKernels& linear_avx2();
+const LinearKernels& linear_avx_vnni();
 const LinearKernels& linear_avx512();
 const LinearKernels& linear_avx512_bf16();
 const LinearKernels& linear_neon();

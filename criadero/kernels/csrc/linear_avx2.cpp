@@ -1,4 +1,10 @@
-#include "linear.h"
+#include "linear_avx2_impl.h"
+
 namespace criadero {
-const LinearKernels& linear_avx2() { return linear_portable(); }
+
+const LinearKernels& linear_avx2() {
+    static const LinearKernels table{prepare_row, tiles, false};
+    return table;
+}
+
 }  // namespace criadero
