@@ -51,69 +51,85 @@ void prepare_row(const Block& b, int row, int from, int to, int columns, const f
     }
 }
 
-// 16 rows of a tile for one row of activations: sums[r] over columns [from, from + count) of a span.
-inline void dots(const Weights& w, const uint8_t* span, const int8_t* q, int width, int from, int count, int32_t* sums) {
-    for (int r = 0; r < TILE; ++r) sums[r] = 0;
-    for (int k = from; k < from + count; k += 4) {
-        const int8_t* x = q + (size_t)(k / SLICE) * width * SLICE + k % SLICE;
-        const uint8_t* v = w.kind == Kind::int8 ? span + k / 4 * 64 : span + k / 8 * 64;
-        const int shift = k % 8 / 4 * 4;
+// The numbers of one span as floats [width][16]. What is summed up of them within a group stays below 2^24, so floats are exact, and the
+// baseline instruction sets multiply them faster than integers.
+void unpack(const Weights& w, const uint8_t* span, int width, float* out) {
+    for (int k = 0; k < width; ++k) {
         for (int r = 0; r < TILE; ++r) {
-            for (int i = 0; i < 4; ++i) sums[r] += (w.kind == Kind::int8 ? v[4 * r + i] - 128 : (v[4 * r + i] >> shift) & 15) * x[i];
-        }
-    }
-}
-
-void dense(const Weights& w, const uint8_t* tile, const Block& b, int m, float* y) {
-    for (int k = 0; k < w.padded; ++k) {
-        const float x = b.f32[((size_t)(k / SLICE) * b.width + m) * SLICE + k % SLICE];
-        for (int r = 0; r < TILE; ++r) {
-            y[r] += x * (w.kind == Kind::f32 ? ((const float*)tile)[k * TILE + r] : bf16_to_float(((const uint16_t*)tile)[(k / 2 * TILE + r) * 2 + k % 2]));
-        }
-    }
-}
-
-void quantised(const Weights& w, const uint8_t* tile, const Block& b, int m, float* y) {
-    for (int from = 0; from < w.padded; from += SPAN) {
-        const int width = least(SPAN, w.padded - from), slice = from / SLICE;
-        const uint8_t* span = tile + (size_t)(from / SPAN) * w.span_bytes;
-        const uint16_t* scales = (const uint16_t*)(span + (size_t)width * (w.kind == Kind::int8 ? TILE : TILE / 2));
-        const int8_t* q = b.q + ((size_t)slice * b.width + m) * SLICE;
-        const float scale = b.scales[from / SPAN * b.width + m];
-        const int step = w.group ? w.group : width;
-        float f[TILE] = {0};
-        for (int k = 0; k < width; k += step) {
-            int32_t c[TILE];
-            dots(w, span, q, b.width, k, step, c);
-            int32_t offset = 0;  // -8 x the sum of the activations
-            if (w.kind != Kind::int8) {
-                for (int s = slice + k / SLICE; s < slice + (k + step) / SLICE; ++s) offset += b.sums[s * b.width + m];
-            }
-            for (int r = 0; r < TILE; ++r) {
-                if (!w.group) {
-                    f[r] = (float)c[r];
-                    continue;
+            float* to = out + k * TILE + r;
+            switch (w.kind) {
+                case Kind::f32: *to = ((const float*)span)[k * TILE + r]; break;
+                case Kind::bf16: *to = bf16_to_float(((const uint16_t*)span)[(k / 2 * TILE + r) * 2 + k % 2]); break;
+                case Kind::int8: *to = (float)(span[k / 4 * 64 + r * 4 + k % 4] - 128); break;
+                default: {
+                    const int u = (span[k / 8 * 64 + r * 4 + k % 4] >> (k % 8 / 4 * 4)) & 15;
+                    *to = (float)(w.kind == Kind::int4 ? u - 8 : u);
                 }
-                const int32_t sum = w.kind == Kind::int4 ? c[r] + offset : c[r];
-                f[r] += (float)sum * half_to_float(scales[k / step * TILE + r]);
-                if (w.kind == Kind::int4_mins) f[r] += (float)offset * (half_to_float(scales[(width / step + k / step) * TILE + r]) * 0.125f);
             }
         }
-        for (int r = 0; r < TILE; ++r) y[r] += f[r] * scale;
     }
-    const float* row_scales = (const float*)(tile + (size_t)w.padded * TILE);
-    for (int r = 0; r < TILE; ++r) y[r] *= w.group ? w.unit : row_scales[r];
+}
+
+// sums[r] += products of `count` columns of 16 outputs
+inline void multiply(const float* w, const float* x, int count, float* sums) {
+    float c[TILE];
+    for (int r = 0; r < TILE; ++r) c[r] = sums[r];
+    for (int k = 0; k < count; ++k) {
+        for (int r = 0; r < TILE; ++r) c[r] += w[k * TILE + r] * x[k];
+    }
+    for (int r = 0; r < TILE; ++r) sums[r] = c[r];
+}
+
+// What one span of quantised weights adds to row m's sums.
+void quantised(const Weights& w, const uint8_t* span, const float* unpacked, int from, int width, const Block& b, int m, float* y) {
+    const int slice = from / SLICE, groups = w.group ? width / w.group : 1, step = width / groups;
+    const uint16_t* scales = (const uint16_t*)(span + (size_t)width * (w.kind == Kind::int8 ? TILE : TILE / 2));
+    const uint16_t* mins = scales + groups * TILE;
+    const float scale = b.scales[from / SPAN * b.width + m];
+    float x[SPAN], f[TILE] = {0};
+    for (int k = 0; k < width; ++k) x[k] = (float)b.q[((size_t)(slice + k / SLICE) * b.width + m) * SLICE + k % SLICE];
+    for (int g = 0; g < groups; ++g) {
+        if (!w.group) {
+            multiply(unpacked, x, width, f);
+            break;
+        }
+        float c[TILE] = {0};
+        multiply(unpacked + (size_t)g * step * TILE, x + g * step, step, c);
+        for (int r = 0; r < TILE; ++r) f[r] += c[r] * half_to_float(scales[g * TILE + r]);
+        if (w.kind != Kind::int4_mins) continue;
+        float sum = 0;
+        for (int k = g * step; k < g * step + step; ++k) sum += x[k];
+        for (int r = 0; r < TILE; ++r) f[r] -= sum * half_to_float(mins[g * TILE + r]);
+    }
+    for (int r = 0; r < TILE; ++r) y[r] += f[r] * scale;
 }
 
 void tiles(const Weights& w, const Block& b, int first, int last, float* y, size_t stride, bool add) {
+    const bool whole = w.kind == Kind::f32 || w.kind == Kind::bf16;
     for (int t = first; t < last; ++t) {
         const uint8_t* tile = w.data + (size_t)t * w.tile_bytes;
+        float made[BLOCK][TILE] = {{0}}, unpacked[SPAN * TILE];
+        for (int from = 0; from < w.padded; from += SPAN) {
+            const int width = least(SPAN, w.padded - from);
+            const uint8_t* span = tile + (size_t)(from / SPAN) * w.span_bytes;
+            unpack(w, span, width, unpacked);
+            for (int m = 0; m < b.rows; ++m) {
+                if (!whole) {
+                    quantised(w, span, unpacked, from, width, b, m, made[m]);
+                    continue;
+                }
+                for (int k = 0; k < width; k += SLICE) {
+                    multiply(unpacked + k * TILE, b.f32 + ((size_t)((from + k) / SLICE) * b.width + m) * SLICE, SLICE, made[m]);
+                }
+            }
+        }
+        const float* row_scales = (const float*)(tile + (size_t)w.padded * TILE);  // int8 with one scale a row
         for (int m = 0; m < b.rows; ++m) {
-            float made[TILE] = {0};
-            if (w.kind == Kind::f32 || w.kind == Kind::bf16) dense(w, tile, b, m, made);
-            else quantised(w, tile, b, m, made);
-            float* to = y + (size_t)m * stride + t * TILE;
-            for (int r = 0; r < least(TILE, w.rows - t * TILE); ++r) to[r] = add ? to[r] + made[r] : made[r];
+            float* to = y + (size_t)m * stride + (size_t)t * TILE;
+            for (int r = 0; r < least(TILE, w.rows - t * TILE); ++r) {
+                const float value = whole ? made[m][r] : made[m][r] * (w.group ? w.unit : row_scales[r]);
+                to[r] = add ? to[r] + value : value;
+            }
         }
     }
 }
