@@ -414,3 +414,17 @@ def test_load_asks_for_the_passport(tmp_path: Path) -> None:
     (folder / "README.md").write_text("nothing of the kind")
     with pytest.raises(UserError, match=r"is not opened, a passport is required: README\.md: changed"):
         load_model(folder, require_passport=True)
+
+
+def test_no_bit_of_a_signature_can_be_changed(tmp_path: Path, keys: tuple[Path, Path]) -> None:
+    """Not even of those parts that are not signed: names of keys, empty fields, the bits that base64 leaves over."""
+    folder = make(tmp_path / "m", size=10)
+    data = signing.sign(folder, keys[0]).read_bytes()
+    payload = range(
+        data.index(b'"payload":"') + 11, data.index(b'","payloadType"') - 8
+    )  # its middle is signed: a few are enough
+    for at in [*range(payload.start), *payload[::97], *range(payload.stop, len(data))]:
+        changed = bytearray(data)
+        changed[at] ^= 1 << at % 8
+        (folder / "passport.sig").write_bytes(changed)
+        assert verify(folder, pubkey=keys[1]).code == 5, changed[max(0, at - 20) : at + 20]

@@ -32,7 +32,7 @@ from criadero.merkle import (
 
 ROWS, SET = "documents.jsonl.zst", "documents.sha256"
 NORMAL_FORM = "nfc-quotes-spaces/1"  # the name under which the passport says what was hashed
-_MAGIC, _HEAD, _BLOCK = b"CRDOCS1\n", 16, 8  # 2**8 leaves under each stored node
+_MAGIC, _HEAD, _BLOCK = b"CRDOCS1\n", 16, 6  # 2**6 leaves under each stored node
 
 
 def normal_form(text: str) -> str:
@@ -85,7 +85,7 @@ def read_table(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def write_set(path: Path, members: Sequence[bytes]) -> str:
-    """Write sorted, different 32-byte hashes, then the tree's nodes of height 8, and return the set's root."""
+    """Write sorted, different 32-byte hashes, then the tree's nodes of height 6, and return the set's root."""
     level: Sequence[bytes] = [leaf_hash(one) for one in members]
     for _ in range(_BLOCK):
         if len(level) > 1:
@@ -110,7 +110,7 @@ class DocumentSet:
         blocks = -(-self.count // 2**_BLOCK)
         if self.data[:8] != _MAGIC or len(self.data) != _HEAD + WIDTH * (self.count + blocks):
             raise UserError(f"{path}: is not a sorted set of document hashes, or is cut short")
-        self.levels = [split_hashes(self.data[_HEAD + WIDTH * self.count :])]  # height 8 and up
+        self.levels = [split_hashes(self.data[_HEAD + WIDTH * self.count :])]  # that height and up
         while len(self.levels[-1]) > 1:
             self.levels.append(level_above(self.levels[-1]))
         self.root = sorted_root(self.count, self.levels[-1][0] if self.count else EMPTY)

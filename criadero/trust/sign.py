@@ -24,10 +24,10 @@ from criadero.passport import (
     LARGEST,
     PASSPORT,
     SIGNATURE,
-    UNSEALED,
     Problem,
+    parse_json,
     read_limited,
-    walk,
+    read_passport,
 )
 
 if TYPE_CHECKING:
@@ -61,11 +61,12 @@ def keygen(path: str | Path, *, curve: str = "P-256", password: str | None = Non
         raise UserError(f"{private.parent} is not a folder: make it first")
     if any((above / PASSPORT).exists() for above in [private.absolute().parent, *private.absolute().parents]):
         raise UserError(f"{private} would lie in an artifact: keep a private key where it is not published")
-    key = ec.generate_private_key({"P-256": ec.SECP256R1, "P-384": ec.SECP384R1, "P-521": ec.SECP521R1}[curve]())
+    curves: dict[str, ec.EllipticCurve] = {"P-256": ec.SECP256R1(), "P-384": ec.SECP384R1(), "P-521": ec.SECP521R1()}
+    key = ec.generate_private_key(curves[curve])
     lock = serialization.BestAvailableEncryption(password.encode()) if password else serialization.NoEncryption()
     text = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, lock)
-    with open(os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(text)
+    with open(os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
+        stream.write(text)
     public.write_bytes(_pem(key.public_key()))
     return private, public
 
@@ -123,7 +124,8 @@ def _algorithm(key: EllipticCurvePublicKey) -> Any:
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    return ec.ECDSA({256: hashes.SHA256, 384: hashes.SHA384, 521: hashes.SHA512}[key.curve.key_size]())
+    sizes: dict[int, hashes.HashAlgorithm] = {256: hashes.SHA256(), 384: hashes.SHA384(), 521: hashes.SHA512()}
+    return ec.ECDSA(sizes[key.curve.key_size])
 
 
 # -- signing ----------------------------------------------------------------------------------------------------------
@@ -136,22 +138,21 @@ def sign(ref: str | Path, key: str | Path, *, password: str | None = None) -> Pa
     """
     private = _read_private(key, password)
     folder = require(ref)
-    bundle = envelope(statement(folder), private)
+    passport = read_passport(folder)
+    assert passport is not None
+    bundle = envelope(statement(folder, passport), private)
     file = folder / SIGNATURE
     temporary = folder.with_name(f".{folder.name}.{SIGNATURE}.tmp")
-    temporary.write_text(json.dumps(bundle, separators=(",", ":")), encoding="utf-8")
+    temporary.write_bytes(_compact(bundle))
     os.replace(temporary, file)
     return file
 
 
-def statement(folder: Path) -> dict[str, Any]:
-    """The in-toto statement over a folder's files as they are now: every one but the signature and ``resume/``."""
-    listed = [(name, file) for name, file in walk(folder) if name not in UNSEALED or name == PASSPORT]
-    listed.sort(key=lambda pair: PurePosixPath(pair[0]))
-    rows = [
-        {"name": name, "algorithm": "sha256", "digest": sha256_file(file).removeprefix("sha256:")}
-        for name, file in listed
-    ]
+def statement(folder: Path, passport: Mapping[str, Any]) -> dict[str, Any]:
+    """The in-toto statement over a verified folder: the passport's files, and the passport itself."""
+    hashes = {row["path"]: row["sha256"] for row in passport["files"]}
+    hashes[PASSPORT] = sha256_file(folder / PASSPORT).removeprefix("sha256:")
+    rows = [{"name": name, "algorithm": "sha256", "digest": hashes[name]} for name in sorted(hashes, key=PurePosixPath)]
     ignored = sorted({SIGNATURE, "model.sig"} | ({"resume"} if (folder / "resume").exists() else set()))
     serialization = {"method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": ignored}
     return {
@@ -171,16 +172,33 @@ def envelope(content: Mapping[str, Any], key: EllipticCurvePrivateKey) -> dict[s
     """A Sigstore bundle (v0.3) with the signed statement in a DSSE envelope."""
     payload = json.dumps(content, indent=2, ensure_ascii=False).encode()
     signed = key.sign(_pae(payload), _algorithm(key.public_key()))
-    hint = hashlib.sha256(_pem(key.public_key())).hexdigest()
+    public = key.public_key()
+    hint = hashlib.sha256(_pem(public)).hexdigest()
+    return _bundle(base64.b64encode(payload).decode(), base64.b64encode(signed).decode(), hint)
+
+
+def _bundle(payload: str, signed: str, hint: str | None) -> dict[str, Any]:
     return {
         "mediaType": BUNDLE,
         "verificationMaterial": {"publicKey": {"hint": hint}, "tlogEntries": []},
         "dsseEnvelope": {
-            "payload": base64.b64encode(payload).decode(),
+            "payload": payload,
             "payloadType": PAYLOAD,
-            "signatures": [{"sig": base64.b64encode(signed).decode(), "keyid": ""}],
+            "signatures": [{"sig": signed, "keyid": ""}],
         },
     }
+
+
+def _compact(bundle: Mapping[str, Any]) -> bytes:
+    return json.dumps(bundle, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _decode(text: str) -> bytes:
+    """Base64 in the one way that it is written: no other letters, no bits left over."""
+    data = base64.b64decode(text, validate=True)
+    if base64.b64encode(data).decode() != text:
+        raise ValueError("its base64 has bits left over")
+    return data
 
 
 def _pae(payload: bytes) -> bytes:
@@ -227,23 +245,24 @@ def _open_bundle(data: bytes, public: EllipticCurvePublicKey) -> dict[str, Any]:
     """The statement in a bundle, its signature checked with the key. ValueError in words when it does not hold."""
     from cryptography.exceptions import InvalidSignature
 
-    bundle = json.loads(data)
-    if not str(bundle["mediaType"]).startswith("application/vnd.dev.sigstore.bundle"):
-        raise ValueError("it is not a Sigstore bundle")
+    bundle = parse_json(data)
     wrapped = bundle["dsseEnvelope"]
+    if bundle["mediaType"] != BUNDLE:
+        raise ValueError(f"it is not a Sigstore bundle of the kind {BUNDLE}")
     hint = (bundle.get("verificationMaterial", {}).get("publicKey") or {}).get("hint")
     if hint and hint != hashlib.sha256(_pem(public)).hexdigest():
         raise ValueError("it was made with another key")
-    payload = base64.b64decode(wrapped["payload"], validate=True)
+    payload = _decode(wrapped["payload"])
     if wrapped["payloadType"] != PAYLOAD or len(wrapped["signatures"]) != 1:
         raise ValueError("it is not one signature over an in-toto statement")
     try:
-        public.verify(
-            base64.b64decode(wrapped["signatures"][0]["sig"], validate=True), _pae(payload), _algorithm(public)
-        )
+        public.verify(_decode(wrapped["signatures"][0]["sig"]), _pae(payload), _algorithm(public))
     except InvalidSignature:
         raise ValueError("the signature does not hold for this key") from None
-    signed = json.loads(payload)
+    # Nothing but what is signed may differ from one bundle to the next: else its other parts could be changed unseen.
+    if bundle != _bundle(wrapped["payload"], wrapped["signatures"][0]["sig"], hint) or _compact(bundle) != data:
+        raise ValueError("it holds more than a signature, or is written in another way")
+    signed = parse_json(payload)
     if signed["_type"] != STATEMENT or signed["predicateType"] != PREDICATE or len(signed["subject"]) != 1:
         raise ValueError("it does not say what model signing v1.0 says")
     how, rows = signed["predicate"]["serialization"], signed["predicate"]["resources"]
