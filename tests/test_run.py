@@ -154,6 +154,23 @@ def test_a_later_stage_is_not_remade_when_the_new_input_is_the_same(here: Path) 
     assert go(fakes) == ["10-second"]
 
 
+def test_a_setting_that_is_newer_than_the_artifact_changes_nothing_until_it_is_set(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @dataclass(frozen=True)
+    class NewerRecipe(DataRecipe):
+        upper: bool = False
+
+    fakes = Fakes()
+    assert go(fakes) == ALL
+    fakes.stages = {**fakes.stages, "data": lambda: (NewerRecipe, fakes.data)}
+    assert go(fakes) == []
+    recipe = here / "recipes/story/01-data.toml"
+    recipe.write_text("upper = true\n" + recipe.read_text())
+    assert go(fakes) == ALL
+    assert "upper is True, it was not set" in capsys.readouterr().out
+
+
 def test_from_another_working_directory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fakes = Fakes()
     go(fakes)
