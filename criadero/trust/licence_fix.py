@@ -23,6 +23,7 @@ from criadero.trust.licences import Report
 
 _BEGIN = "<!-- licences: written by criadero licence check --fix -->"
 _MAX_TEXT = 1 << 20
+_SEALED = ("lineage.jsonl", "passport.chunks")  # written anew by sealing
 
 
 def fix(
@@ -66,7 +67,7 @@ def fix(
         licence=declared,
     ) as draft:
         for row in old.files:
-            if row["path"] not in ("lineage.jsonl", *files):
+            if row["path"] not in (*_SEALED, *files):
                 target = draft.path / row["path"]
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(old.path / row["path"], target)

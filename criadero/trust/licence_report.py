@@ -152,5 +152,6 @@ def _group_lines(group: list[Finding], lang: str, head: str) -> Iterator[str]:
             whence, _WIDTH, initial_indent="      " + say["from"].ljust(width), subsequent_indent=" " * (6 + width)
         )
     if todo and not all(one.done for one in group):
-        fix = f" ({say['fix it']})" if any(one.fixable for one in group) else ""
+        how = say["fix text" if first.rule in ("agreement", "keep-text") else "fix it"]
+        fix = f" ({how})" if any(one.fixable for one in group) else ""
         yield "      " + say["fix"].ljust(width) + todo + fix

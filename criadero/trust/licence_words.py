@@ -423,6 +423,7 @@ PHRASES = {
     "from": {"en": "from", "es": "de"},
     "fix": {"en": "do", "es": "haz"},
     "fix it": {"en": "--fix writes it", "es": "--fix lo escribe"},
+    "fix text": {"en": "--fix does, if the text is at hand", "es": "--fix lo pone, si tiene el texto a mano"},
     "declared": {"en": "declared", "es": "declarada"},
     "nothing": {"en": "nothing", "es": "ninguna"},
 }
