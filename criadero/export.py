@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from criadero.artifact import Artifact, create, disk_errors, open_artifact, read_passport, resolve
 from criadero.errors import UserError
@@ -17,6 +18,8 @@ def export(
 ) -> Artifact | Path:
     """Seal the model at `out` as ``to="hf"`` or ``to="gguf"`` with weights of `type` (default: as stored, or q8_0).
 
+    A quantised model's numbers go into GGUF as they are, without another rounding, where its groups are multiples of 32.
+
     An `out` that ends with ``.gguf`` is written as that single file, which carries no passport. UserError: an unknown
     `to` or `type`, a model without tokenizer (GGUF needs one), or an `out` that exists.
     """
@@ -25,8 +28,9 @@ def export(
         raise UserError(f"--to {to}: cannot be written: choose gguf or hf")
     if type is not None and type.lower() not in types:
         raise UserError(f"--type {type}: not a type of {to}: choose one of {', '.join(types)}")
-    kind = (type or ("q8_0" if to == "gguf" else "as stored")).lower()
     source, out = resolve(ref), Path(out)
+    exact = _as_quantised(source) if to == "gguf" else None
+    kind = (type or exact or ("q8_0" if to == "gguf" else "as stored")).lower()
     single = out.name.endswith(".gguf")
     if single and to != "gguf":
         raise UserError(f"{out} is a name for --to gguf: give a folder")
@@ -38,7 +42,8 @@ def export(
     passport = read_passport(source) if source.is_dir() else None
     made = passport["kind"] if passport and passport["kind"] != "adapter" else "model"
     licence = (passport or {}).get("licence", {}).get("declared")
-    relation = "quantised_from" if kind in ("q8_0", "q4_0") else "converted_from"
+    rounds = kind in ("q8_0", "q4_0") and not (exact == "q4_0" or exact == kind)
+    relation = "quantised_from" if rounds else "converted_from"
     config = {"to": to, "type": kind}
     with create(out, kind=made, config=config, licence=licence, overwrite=overwrite) as draft:
         draft.add_input(relation, ref)
@@ -67,9 +72,27 @@ def _write_single(source: Path, out: Path, kind: str) -> None:
 
 
 def _write_gguf(source: Path, file: Path, kind: str, name: str) -> None:
-    from criadero.checkpoints import load_model, tokenizer_of, write_gguf
+    from criadero.checkpoints import load_model, read_quantised, tokenizer_of, write_gguf
+    from criadero.checkpoints.packed import as_tensor
+    from criadero.kernels.formats import QuantTensor
 
-    write_gguf(load_model(source), tokenizer_of(source), file, type=kind.upper(), template=_template(source), name=name)
+    model: Any = None
+    if _as_quantised(source) in ("q4_0", kind):  # its numbers are written as they are
+        config, state = read_quantised(source)
+        model = config, {name: w if isinstance(w, QuantTensor) else as_tensor(w) for name, w in state.items()}
+    model = model or load_model(source)
+    write_gguf(model, tokenizer_of(source), file, type=kind.upper(), template=_template(source), name=name)
+
+
+def _as_quantised(source: Path) -> str | None:
+    """The GGUF type that holds a quantised folder's numbers as they are: q4_0, or q8_0 where none has 4 bits."""
+    if not (source / "config.json").is_file():
+        return None
+    from criadero.checkpoints.packed import is_quantised, schemes_of
+
+    if not is_quantised(source):
+        return None
+    return "q4_0" if any(scheme["bits"] == 4 for scheme in schemes_of(source)) else "q8_0"
 
 
 def _write_hf(source: Path, folder: Path, kind: str) -> None:

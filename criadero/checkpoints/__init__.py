@@ -13,8 +13,13 @@ from torch import Tensor
 
 from criadero.artifact import Artifact, read_passport, require, resolve
 from criadero.chat import Template, load_template
-from criadero.checkpoints.gguf import read_gguf, read_gguf_config, write_gguf
-from criadero.checkpoints.gguf_quantised import is_quantised_gguf, read_gguf_quantised
+from criadero.checkpoints.gguf import (
+    is_quantised_gguf,
+    read_gguf,
+    read_gguf_config,
+    read_gguf_quantised,
+    write_gguf,
+)  # fmt: skip
 from criadero.checkpoints.gguf_vocab import read_gguf_template, read_gguf_tokenizer
 from criadero.checkpoints.meta import is_meta_folder, read_meta
 from criadero.checkpoints.packed import (

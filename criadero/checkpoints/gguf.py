@@ -8,7 +8,7 @@ Rows of q and k are interleaved in the file (`criadero.checkpoints.layout`); Lla
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from criadero.checkpoints.ggml import FORMATS, PACK, WRITABLE, pack
-from criadero.checkpoints.gguf_file import Header, read_header, read_tensor, write_file
+from criadero.checkpoints.ggml import FORMATS, PACK, PLAIN, WRITABLE, pack
+from criadero.checkpoints.ggml_quantised import KEPT, blocks, own_kind, repack
+from criadero.checkpoints.gguf_file import Header, read_bytes, read_header, read_tensor, write_file
 from criadero.checkpoints.gguf_vocab import read_gguf_tokenizer, tokenizer_keys
 from criadero.checkpoints.layout import to_interleaved, to_rotate_half
-from criadero.checkpoints.states import check_shapes, state_of
+from criadero.checkpoints.states import check_shapes, expected_shapes, state_of
 from criadero.errors import UserError
+from criadero.kernels.formats import QuantTensor
 from criadero.model import Llama, ModelConfig, rope_frequencies
 from criadero.tokenizer import Tokenizer
 
@@ -46,6 +48,7 @@ INNER_BACK = {ggml: hf for hf, ggml in INNER.items()}
 OUTER_BACK = {ggml: hf for hf, ggml in OUTER.items()}
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # Meta's
+Weight = QuantTensor | np.ndarray  # an array: float32, float16, or uint16 that holds the bits of bfloat16
 OWN = "criadero.rope_scaling."  # our keys for the numbers that llama.cpp only keeps multiplied out
 
 
@@ -75,6 +78,16 @@ def _reorder(name: str, config: ModelConfig, order: Callable[[Tensor, int], Tens
     return weight
 
 
+def _reorder_rows(
+    name: str, config: ModelConfig, order: Callable[[Tensor, int], Tensor], weight: QuantTensor
+) -> QuantTensor:
+    """The same of a packed matrix: whole rows change places."""
+    if not name.endswith(("q_proj.weight", "k_proj.weight")):
+        return weight
+    numbers = torch.arange(weight.shape[0])[:, None]  # [N, 1]
+    return weight.rows(_reorder(name, config, order, numbers)[:, 0].numpy())
+
+
 # --- reading ---
 
 
@@ -98,6 +111,41 @@ def read_gguf(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor], Tokeniz
             raise UserError(f"{path}: tensor {stored!r} holds values that are not finite; get the file again")
         state[name] = _reorder(name, config, to_rotate_half, weight)
     return config, state, tokenizer
+
+
+def read_gguf_quantised(path: str | Path) -> tuple[ModelConfig, dict[str, Weight], Tokenizer | None]:
+    """The same without dequantising, for an engine that computes with packed weights.
+
+    Matrices in Q4_0, Q8_0, Q4_K and Q6_K are `QuantTensor`s, number for number; BF16 is uint16 that holds its bits, F16 and F32
+    are as stored, other formats float32. UserError: damage, not a Llama, or no model in the file.
+    """
+    header = read_header(path)
+    config = read_gguf_config(header)
+    if not header.tensors:
+        raise UserError(f"{path}: holds a vocabulary only, no model")
+    names = {hf_name(name): name for name in header.tensors if name != "rope_freqs.weight"}
+    check_shapes(config, {name: header.tensors[stored].shape for name, stored in names.items()}, str(path))
+    state: dict[str, Weight] = {}
+    for name, _ in expected_shapes(config):
+        info = header.tensors[names[name]]
+        if info.kind in KEPT and len(info.shape) == 2:
+            packed = repack(read_bytes(header, info.name), info.kind, *info.shape)
+            finite = np.isfinite(packed.scales).all() and (packed.mins is None or np.isfinite(packed.mins).all())
+            state[name] = _reorder_rows(name, config, to_rotate_half, packed)
+        else:
+            plain = read_tensor(header, info.name)
+            finite = bool(torch.isfinite(plain).all())
+            plain = _reorder(name, config, to_rotate_half, plain).contiguous()
+            state[name] = (plain.view(torch.uint16) if plain.dtype == torch.bfloat16 else plain).numpy()
+        if not finite:
+            raise UserError(f"{path}: tensor {info.name!r} holds values that are not finite; get the file again")
+    return config, state, read_gguf_tokenizer(header)
+
+
+def is_quantised_gguf(source: Header | str | Path) -> bool:
+    """Whether a GGUF file holds weights in another format than F32, F16 and BF16."""
+    header = source if isinstance(source, Header) else read_header(source)
+    return any(info.kind not in PLAIN for info in header.tensors.values())
 
 
 def read_gguf_config(source: Header | str | Path) -> ModelConfig:
@@ -199,7 +247,7 @@ def _divisors(config: ModelConfig) -> Tensor:
 
 
 def write_gguf(
-    model: Llama,
+    model: Llama | tuple[ModelConfig, Mapping[str, Tensor | QuantTensor]],
     tokenizer: Tokenizer | None,
     path: str | Path,
     *,
@@ -211,10 +259,26 @@ def write_gguf(
 
     ``type`` is one of F32, F16, BF16, Q8_0, Q4_0. With Q4_0 the embedding and the output matrix are kept at Q8_0: they
     suffer most and, in a small model, matter most. ``template`` is the chat template's source.
+
+    Instead of a model, its configuration and state may be given: a `QuantTensor` in it is written number for number, where
+    ``type`` is Q4_0 or Q8_0 and holds it, and dequantised otherwise.
     """
     if type not in WRITABLE:
         raise UserError(f"GGUF type {type!r} cannot be written: choose one of {', '.join(WRITABLE)}")
-    config, state = model.config, state_of(model, model.config)
+    config, given = (model.config, model.state_dict()) if isinstance(model, Llama) else model
+    exact = {}  # name -> the format that holds it as it is
+    for key, weight in given.items():
+        if isinstance(weight, QuantTensor) and type in PACK and (own := own_kind(weight)):
+            exact[key] = "Q8_0" if type == "Q8_0" else own
+    state: dict[str, Tensor | QuantTensor] = {}
+    for key, one in given.items():
+        if isinstance(one, QuantTensor) and key not in exact:
+            state[key] = torch.from_numpy(one.dequantise())
+        else:
+            state[key] = one
+    check_shapes(config, {key: tuple(one.shape) for key, one in state.items()}, "the model to write")
+    if not exact:
+        state = dict(state_of({key: one for key, one in state.items() if isinstance(one, Tensor)}, config))
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}: they do not belong "
@@ -223,7 +287,15 @@ def write_gguf(
     kinds = {}
     for key, tensor in state.items():
         outer = key in ("model.embed_tokens.weight", "lm_head.weight")
-        kinds[key] = "F32" if tensor.ndim == 1 else "Q8_0" if outer and type in PACK else type
+        if key in exact:
+            kinds[key] = exact[key]
+        elif len(tensor.shape) == 1:
+            kinds[key] = "F32"
+        elif exact:  # what was kept beside packed matrices was kept for a reason
+            dtype = tensor.dtype if isinstance(tensor, Tensor) else torch.float32
+            kinds[key] = next((kind for kind, one in PLAIN.items() if one == dtype), "F32")
+        else:
+            kinds[key] = "Q8_0" if outer and type in PACK else type
         block = FORMATS[kinds[key]].block
         if tensor.shape[-1] % block:
             raise UserError(
@@ -248,7 +320,10 @@ def write_gguf(
             assert divisors is not None
             return pack(divisors, "F32", stored)
         key = sources[stored]
-        return pack(_reorder(key, config, to_interleaved, state[key]), kinds[key], key)
+        weight = state[key]
+        if isinstance(weight, QuantTensor):
+            return blocks(_reorder_rows(key, config, to_interleaved, weight), kinds[key])
+        return pack(_reorder(key, config, to_interleaved, weight), kinds[key], key)
 
     write_file(path, metadata, table, data)
 

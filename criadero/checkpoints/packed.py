@@ -50,6 +50,12 @@ def is_quantised(folder: Path) -> bool:
     return file.is_file() and read_json(file).get("quantization_config") is not None
 
 
+def schemes_of(folder: Path) -> list[dict[str, Any]]:
+    """The config groups of a quantised folder: ``bits``, ``group`` (0: one scale a row), ``targets``."""
+    file = folder / "config.json"
+    return _schemes(read_json(file).get("quantization_config"), file)
+
+
 # --- reading ---
 
 

@@ -37,7 +37,7 @@ def best_scales(w: Tensor, bits: int, importance: Tensor | None = None) -> Tenso
     largest weight, whichever its sign. A group of zeros gets 0.
     """
     low, high = RANGE[bits]
-    best, least = torch.zeros(w.shape[:-1]), torch.full(w.shape[:-1], torch.inf)
+    best, least = torch.full(w.shape[:-1], torch.nan), torch.full(w.shape[:-1], torch.inf)
 
     def offer(scales: Tensor) -> None:
         nonlocal best, least

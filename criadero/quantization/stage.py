@@ -19,12 +19,12 @@ from criadero.card import read_words
 from criadero.checkpoints import (
     ADAPTER,
     is_quantised,
+    is_quantised_gguf,
     load_model,
     template_of,
     tokenizer_of,
     write_quantised,
 )  # fmt: skip
-from criadero.checkpoints.gguf_quantised import is_quantised_gguf
 from criadero.checkpoints.packed import power_of_two
 from criadero.checkpoints.states import expected_shapes, stored_dtype
 from criadero.errors import UserError
