@@ -39,7 +39,9 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at data, and make it ready: documents, tokenizer, tokens.", no_args_is_help=True)
 passport_app = typer.Typer(help="Check, sign, export and prove what an artifact says of itself.", no_args_is_help=True)
+synth_app = typer.Typer(help="Make chats to learn from: with a teacher, of shared chats, of your documents; and judge.")
 app.add_typer(data_app, name="data")
+app.add_typer(synth_app, name="synth")
 app.add_typer(passport_app, name="passport")
 cli_passport.add(passport_app)
 licence_app = typer.Typer(help="Say what the licences of all that an artifact was made of ask.", no_args_is_help=True)
@@ -149,7 +151,7 @@ def _make(
     overwrite: bool, resume: bool,
 ) -> None:  # fmt: skip
     """Run one stage from positional words, flags and a recipe file, and say what was made."""
-    from criadero.recipe import split_flags
+    from criadero.recipe import flags_to_values, split_flags
     from criadero.run import STAGES, make, quantised_name, read_recipe, tuned_name
 
     cls, _ = STAGES[stage]()
@@ -162,7 +164,8 @@ def _make(
         raise UserError(f"{empty[0]} is an empty word: name a file or folder")
     for name in named.keys() & flags.keys():
         raise UserError(f"{name} is given twice: {named[name]!r} and --{name} {flags[name]!r}")
-    values |= named | flags
+    listed = flags_to_values(cls, [part for name, word in named.items() for part in (f"--{name}", word)])
+    values |= listed | flags
     missing = [name.upper() for name in positional if name not in values]
     if missing:
         raise UserError(f"{' and '.join(missing)} must be given: see --help")
@@ -241,6 +244,30 @@ _add_stage(data_app, "pack", "tokens", ("data",), "A dataset to token shards, re
 _add_stage(data_app, "index", "index", ("tokens",), "Tokens to an index, in which any text is found at once.")
 _add_stage(data_app, "unique", "unique", ("tokens", "index"), "Tokens without the passages that stand in them twice.")
 cli_trace.add(app, data_app)
+
+
+# -- synth ------------------------------------------------------------------------------------------------------------
+
+_add_stage(
+    synth_app, "documents", "document_questions", ("documents",),
+    "A folder of documents to questions and answers that stand in them, each traceable to its paragraph.",
+)  # fmt: skip
+_add_stage(
+    synth_app, "self-instruct", "self_instruct", ("teacher",), "A few tasks to many, written by a teacher (Alpaca)."
+)
+_add_stage(
+    synth_app,
+    "evol-instruct",
+    "evol_instruct",
+    ("teacher",),
+    "Tasks to harder ones, in rounds, by a teacher (WizardLM).",
+)
+_add_stage(
+    synth_app, "clean-chats", "clean_chats", ("data",), "Chats as people share them, cleaned and split (Vicuna)."
+)
+_add_stage(
+    synth_app, "judge", "judge", ("questions",), "A teacher compares two models' answers, or marks one's (MT-bench)."
+)
 
 
 # -- recipes and artifacts --------------------------------------------------------------------------------------------

@@ -133,7 +133,8 @@ def test_paragraphs_know_their_place(tmp_path: Path) -> None:
 
 def test_html_and_plain_text(tmp_path: Path) -> None:
     (tmp_path / "b.html").write_text(
-        "<html><head><title>no</title></head><body><nav>menu</nav><h1>Prices</h1><p>A jar of honey is six euros, bread is two.</p></body></html>"
+        "<html><head><title>no</title></head><body><nav>menu</nav><h1>Prices</h1>"
+        "<p>A jar of honey is six euros, bread is two.</p></body></html>"
     )
     (one,) = paragraphs(tmp_path / "b.html", read_text(tmp_path / "b.html"), name="b.html", min_words=4, max_words=60)
     assert one.text == "A jar of honey is six euros, bread is two."
@@ -183,10 +184,9 @@ def pdf(pages: list[str]) -> bytes:
         offsets.append(len(out))
         out += f"{n} 0 obj\n{body}\nendobj\n".encode()
     table = "".join(f"{offset:010d} 00000 n \n" for offset in offsets)
-    return (
-        out
-        + f"xref\n0 {len(objects) + 1}\n0000000000 65535 f \n{table}trailer\n<< /Size {len(objects) + 1} /Root 1 0 R >>\nstartxref\n{len(out)}\n%%EOF\n".encode()
-    )
+    size = len(objects) + 1
+    tail = f"trailer\n<< /Size {size} /Root 1 0 R >>\nstartxref\n{len(out)}\n%%EOF\n"
+    return out + f"xref\n0 {size}\n0000000000 65535 f \n{table}{tail}".encode()
 
 
 def test_documents_that_are_not_there(tmp_path: Path) -> None:

@@ -5,9 +5,23 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 
-_BLOCKS = frozenset(
-    ["h1", "h2", "h3", "h4", "h5", "h6", "p", "div", "section", "article", "header", "footer", "main", "aside", "ul", "ol", "li", "table", "tr", "pre", "blockquote", "hr", "dl", "dt", "dd", "figure", "figcaption", "form"]
-)
+_BLOCKS = {
+    "p",
+    "div",
+    "section",
+    "article",
+    "header",
+    "footer",
+    "main",
+    "aside",
+    "ul",
+    "ol",
+    "li",
+    "table",
+    "tr",
+    "pre",
+}
+_BLOCKS |= {"h1", "h2", "h3", "h4", "h5", "h6", "blockquote", "hr", "dl", "dt", "dd", "figure", "figcaption", "form"}
 _SKIPPED = {"script", "style", "head", "nav", "button", "svg", "template", "noscript", "textarea", "select", "iframe"}
 _VOID = {"br", "hr", "img", "input", "meta", "link", "wbr", "col", "area", "base", "embed", "source", "track"}
 # a pair of these in a text, outside of fenced code, is the mark of a scraped page

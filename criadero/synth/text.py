@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import unicodedata
 from collections import Counter
@@ -111,7 +110,10 @@ def _has(word: str, known: set[str], beginnings: dict[str, list[str]]) -> bool:
         return True
     if len(word) < 4 or word.isdigit():
         return False
-    return any(
-        len(os.path.commonprefix([word, other])) >= 0.6 * max(len(word), len(other))
-        for other in beginnings.get(word[:4], ())
-    )
+    return any(_common(word, other) >= 0.6 * max(len(word), len(other)) for other in beginnings.get(word[:4], ()))
+
+
+def _common(a: str, b: str) -> int:
+    """The length of the common beginning."""
+    pairs = zip(a, b, strict=False)
+    return next((n for n, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
