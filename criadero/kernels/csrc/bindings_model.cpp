@@ -136,8 +136,8 @@ void bind_model(nb::module_& m) {
                  new (self) Model({hidden, intermediate, layers, heads, kv_heads, head_dim, vocab, eps}, threads);
              },
              "hidden"_a, "intermediate"_a, "layers"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "vocab"_a, "eps"_a, "threads"_a)
-        .def("set_embedding", &set_embedding, "table"_a, "[V, D] float32, float16 or uint16 (bfloat16); kept, not copied.")
-        .def("set_embedding_quant", &set_embedding_quant, "q"_a, "scales"_a, "mins"_a.none(), "bits"_a, "group"_a,
+        .def("set_embedding", &set_embedding, "table"_a.noconvert(), "[V, D] float32, float16 or uint16 (bfloat16); kept, not copied.")
+        .def("set_embedding_quant", &set_embedding_quant, "q"_a.noconvert(), "scales"_a.noconvert(), "mins"_a.noconvert().none(), "bits"_a, "group"_a,
              "The arrays of a QuantTensor [V, D]; kept, not copied.")
         .def("set_embedding_linear",
              [](Model& self, const std::shared_ptr<PyLinear>& w) {
@@ -166,8 +166,9 @@ void bind_model(nb::module_& m) {
              },
              "index"_a, "layer"_a, "slot"_a, "a"_a, "b"_a)
         .def("drop_adapter", &Model::drop_adapter, "index"_a)
-        .def("step", &step, "cache"_a, "ids"_a, "positions"_a, "starts"_a, "lengths"_a, "tables"_a, "adapters"_a.none(), "logit_rows"_a,
-             "logits"_a.none(), "hidden"_a.none())
+        .def("step", &step, "cache"_a, "ids"_a.noconvert(), "positions"_a.noconvert(), "starts"_a.noconvert(), "lengths"_a.noconvert(),
+             "tables"_a.noconvert(), "adapters"_a.noconvert().none(), "logit_rows"_a.noconvert(), "logits"_a.noconvert().none(),
+             "hidden"_a.noconvert().none())
         .def("profile", &Model::profile, "on"_a, "Seconds by part since the last call.")
         .def_prop_ro("threads", &Model::threads);
 }

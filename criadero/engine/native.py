@@ -1,0 +1,344 @@
+"""The native runner: a whole step of the model is one call of the compiled kernels (``criadero/kernels/csrc/step.cpp``).
+
+Weights are taken from the memory-mapped file one matrix at a time and repacked for this processor, so that loading needs little
+more memory than the packed model. Its slow twin is `criadero.engine.torch_runner`.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from criadero.artifact import Artifact, resolve
+from criadero.checkpoints import ADAPTER, adapter_base, load_config
+from criadero.checkpoints.states import check_shapes, expected_shapes
+from criadero.config import ModelConfig, rope_frequencies
+from criadero.engine.runner import NO_ADAPTER, PAGE, AdapterTensors, StepBatch
+from criadero.errors import UserError
+from criadero.kernels import level, native, pack, physical_cores
+from criadero.kernels.formats import QuantTensor, describe
+
+Weight = QuantTensor | np.ndarray  # an array: float32, float16, or uint16 that holds the bits of bfloat16
+WEIGHTS = {
+    "auto": "auto", "float32": "f32", "f32": "f32", "bfloat16": "bf16", "bf16": "bf16", "int8": "int8", "int4": "int4",
+}  # fmt: skip
+KV = {
+    "auto": "auto", "float32": "f32", "f32": "f32", "float16": "f16", "f16": "f16", "bfloat16": "bf16", "bf16": "bf16",
+    "int8": "int8",
+}  # fmt: skip
+SLOT_OF = {
+    "self_attn.q_proj": "q", "self_attn.k_proj": "k", "self_attn.v_proj": "v", "self_attn.o_proj": "o",
+    "mlp.gate_proj": "gate", "mlp.up_proj": "up", "mlp.down_proj": "down",
+}  # fmt: skip
+NORMS = {"input_layernorm": "input", "post_attention_layernorm": "post"}
+UNIT = 16  # positions: pages are a multiple of it
+OWN = 2**30  # the number of the adapter that `ref` itself is
+COPIED = (
+    2**25
+)  # bytes up to which an embedding is copied; a larger one stays in the mapped file, where only used rows are read
+
+
+class NativeRunner:
+    """A `criadero.engine.runner.Runner` on the compiled kernels."""
+
+    def __init__(
+        self, ref: str | Path | Artifact, *, pages: int, page: int = PAGE, threads: int | None = None, weights: str = "auto",
+        kv: str = "auto",
+    ) -> None:  # fmt: skip
+        """Load a bundled model, an artifact, a Hugging Face or Meta folder, a GGUF file, or an adapter on its base.
+
+        ``weights``: f32, bf16, int8, int4 or auto, which keeps quantised weights, f32 and bf16 as they are stored, and rounds
+        f16 to bf16. ``kv``: f32, f16, bf16, int8 or auto: f32 beside f32 weights, else f16. ``page`` must be a multiple of 16.
+        UserError: what cannot be read or does not fit together.
+        """
+        for what, name, known in (("weights", weights, WEIGHTS), ("kv", kv, KV)):
+            if name not in known:
+                raise UserError(f"{what} {name!r}: the native runner knows {', '.join(known)}")
+        if page % UNIT or page <= 0:
+            raise UserError(f"page: the native runner's pages are a multiple of {UNIT} tokens, not {page}")
+        if native() is None:
+            raise UserError(
+                "the native runner needs the compiled kernels, which are missing or turned off: use runner torch"
+            )
+        self.config, self.page, self.pages = load_config(ref), page, pages
+        self.threads = threads or physical_cores()
+        path = resolve(ref)
+        base = adapter_base(path) if path.is_dir() and (path / ADAPTER).is_file() else None
+        own: AdapterTensors = {}
+        if base is not None:
+            from criadero.engine.adapters import read_adapter
+
+            own = read_adapter(path, self, base)[0]
+        self._model = _new_model(self.config, self.threads)
+        kinds, self._own = _fill(
+            self._model, self.config, open_weights(base or path)[1], WEIGHTS[weights], own, self.threads
+        )
+        self.name = f"native {level()} {kinds.most_common(1)[0][0]}"
+        kind = KV[kv]
+        if kind == "auto":
+            kind = "f32" if kinds.most_common(1)[0][0] == "f32" else "f16"
+        self._cache = _new_cache(self.config, pages, page, kind)
+        self._adapters: set[int] = set()
+        for (layer, slot), (a, b) in self._own.items():
+            self._model.set_adapter(OWN, layer, slot, a, b)
+        self._logits = np.empty((0, self.config.vocab_size), np.float32)
+        self._hidden = np.empty((0, self.config.hidden_size), np.float32)
+
+    def step(self, batch: StepBatch) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """See `criadero.engine.runner.Runner.step`."""
+        wanted = len(batch.logit_rows)
+        if wanted > len(self._logits):
+            self._logits = np.empty((wanted, self.config.vocab_size), np.float32)
+            self._hidden = np.empty((wanted, self.config.hidden_size), np.float32)
+        logits = self._logits[:wanted] if batch.want_logits else None
+        hidden = self._hidden[:wanted] if batch.want_hidden else None
+        adapters = batch.adapters
+        if self._own:
+            given = np.full(len(batch.lengths), NO_ADAPTER, np.int32) if adapters is None else adapters
+            adapters = np.where(given == NO_ADAPTER, np.int32(OWN), given).astype(np.int32)
+        if len(batch.lengths) and batch.lengths.max() > self.config.max_position_embeddings:
+            raise ValueError(
+                f"lengths: {batch.lengths.max()} tokens; the model's context is {self.config.max_position_embeddings}"
+            )
+        try:
+            self._model.step(
+                self._cache, batch.ids, batch.positions, batch.starts, batch.lengths, batch.tables, adapters,
+                batch.logit_rows, logits, hidden,
+            )  # fmt: skip
+        except TypeError:
+            raise ValueError(
+                "the arrays of a step must be C-contiguous int32, the tables with two dimensions"
+            ) from None
+        return logits, hidden
+
+    def add_adapter(self, index: int, tensors: AdapterTensors) -> None:
+        """See `criadero.engine.runner.Runner.add_adapter`. On a quantised base that is under an adapter of its own, both apply."""
+        if not 0 <= index < OWN:
+            raise ValueError(f"adapter {index}: numbers lie between 0 and {OWN - 1}")
+        if index in self._adapters:
+            raise ValueError(f"adapter {index} is loaded already")
+        if not tensors:
+            raise ValueError(f"adapter {index} has no tensors")
+        whole = dict(self._own)
+        for key, (a, b) in tensors.items():
+            if key in whole:  # B A + B' A' = [B B'] [A; A']
+                a, b = np.concatenate((whole[key][0], a)), np.concatenate((whole[key][1], b), axis=1)
+            whole[key] = a, b
+        self._adapters.add(index)
+        try:
+            for (layer, slot), (a, b) in whole.items():
+                self._model.set_adapter(index, layer, slot, *(np.ascontiguousarray(x, np.float32) for x in (a, b)))
+        except BaseException:
+            self.drop_adapter(index)
+            raise
+
+    def drop_adapter(self, index: int) -> None:
+        """See `criadero.engine.runner.Runner.drop_adapter`."""
+        self._adapters.discard(index)
+        self._model.drop_adapter(index)
+
+    def profile(self, on: bool = True) -> dict[str, float]:
+        """Seconds spent in each part of a step since the last call; measured from now on, or, with False, no more."""
+        return dict(self._model.profile(on))
+
+
+def _new_model(config: ModelConfig, threads: int) -> Any:
+    try:
+        return native().Model(  # type: ignore[union-attr]
+            config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads,
+            config.num_key_value_heads, config.head_dim, config.vocab_size, config.rms_norm_eps, threads,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(f"the native runner cannot compute this model: {error}") from None
+
+
+def _new_cache(config: ModelConfig, pages: int, page: int, kind: str) -> Any:
+    shape = (config.num_hidden_layers, pages, page, config.num_key_value_heads, config.head_dim)
+    try:
+        return native().Cache(*shape, kind)  # type: ignore[union-attr]
+    except ValueError as error:
+        raise UserError(f"a cache of {pages} pages of {page} tokens cannot be made: {error}") from None
+    except MemoryError:
+        raise UserError(
+            f"a cache of {pages} pages of {page} tokens does not fit the memory: give it fewer pages"
+        ) from None
+
+
+# --- weights: from a file's tensors to packed matrices ---
+
+
+def _fill(
+    model: Any, config: ModelConfig, weights: dict[str, Weight], form: str, own: AdapterTensors, threads: int
+) -> tuple[Counter[str], AdapterTensors]:
+    """Put every tensor into the model, leaving ``weights`` empty.
+
+    Formats of the layers' matrices, counted in weights, and what of the adapter ``own`` was not merged (where the base is quantised).
+    """
+    kinds: Counter[str] = Counter()
+    rest: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]] = {}
+
+    def packed(weight: Weight) -> Any:
+        weight = converted(weight, form)
+        kind = describe(weight) if isinstance(weight, QuantTensor) else "bf16" if weight.dtype == np.uint16 else "f32"
+        kinds[kind] += weight.shape[0] * weight.shape[1]
+        made = pack(weight, threads)
+        _forget(weight)
+        return made
+
+    frequencies, factor = rope_frequencies(config)
+    model.set_rope(frequencies.numpy(), factor)
+    for name, _ in expected_shapes(config):
+        weight = weights.pop(name)
+        if name == "model.embed_tokens.weight":
+            if config.tie_word_embeddings:
+                head = packed(weight)
+                model.set_head(head)
+                model.set_embedding_linear(head)
+            else:
+                _set_embedding(model, weight)
+        elif name == "lm_head.weight":
+            model.set_head(packed(weight))
+        elif name == "model.norm.weight":
+            model.set_norm(0, "final", _floats(weight))
+        else:
+            _, _, number, inner = name.removesuffix(".weight").split(".", 3)  # model.layers.3.self_attn.q_proj
+            layer = int(number)
+            if inner in NORMS:
+                model.set_norm(layer, NORMS[inner], _floats(weight))
+                continue
+            key = layer, SLOT_OF[inner]
+            if key in own and not isinstance(weight, QuantTensor):
+                weight = _merged(weight, *own[key])
+            elif key in own:
+                rest[key] = own[key]
+            model.set_linear(*key, packed(weight))
+    return kinds, rest
+
+
+def converted(weight: Weight, form: str) -> Weight:
+    """A matrix in the number format ``form`` (f32, bf16, int8, int4), or with ``auto`` in its own, f16 as bf16."""
+    if form == "auto":
+        if isinstance(weight, QuantTensor) or weight.dtype in (np.float32, np.uint16):
+            return weight
+        form = "bf16" if weight.dtype == np.float16 else "f32"
+    if isinstance(weight, QuantTensor) and form == f"int{weight.bits}":
+        return weight
+    if form in ("int8", "int4"):
+        from criadero.quantization.rounding import round_matrix
+
+        columns = weight.shape[1]
+        group = 32 if columns % 32 == 0 else columns  # one scale a row is for 8 bits only
+        return round_matrix(torch.from_numpy(_floats(weight)), 4 if form == "int4" and group == 32 else 8, group)
+    if not isinstance(weight, QuantTensor) and weight.dtype == (np.uint16 if form == "bf16" else np.float32):
+        return weight
+    return _floats(weight) if form == "f32" else _bf16(_floats(weight))
+
+
+def _floats(weight: Weight) -> np.ndarray:
+    """Any weight as float32."""
+    if isinstance(weight, QuantTensor):
+        return weight.dequantise()
+    if weight.dtype == np.uint16:
+        return (weight.astype(np.uint32) << 16).view(np.float32)
+    return np.ascontiguousarray(weight, np.float32)
+
+
+def _bf16(weight: np.ndarray) -> np.ndarray:
+    """float32 -> the bits of bfloat16 as uint16, to nearest."""
+    return torch.from_numpy(weight).to(torch.bfloat16).view(torch.uint16).numpy()
+
+
+def _merged(weight: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """W + B A in the dtype of W, rounded once, as `criadero.lora.merge` does."""
+    whole = _floats(weight) + b @ a  # [N, K]
+    if weight.dtype == np.uint16:
+        return _bf16(whole)
+    return whole.astype(weight.dtype)
+
+
+def _set_embedding(model: Any, weight: Weight) -> None:
+    """Rows to look up, in the form they are stored in."""
+    if isinstance(weight, QuantTensor):
+        arrays = [None if a is None else _held(a) for a in (weight.q, weight.scales, weight.mins)]
+        model.set_embedding_quant(*arrays, weight.bits, weight.group)
+    else:
+        model.set_embedding(_held(weight))
+
+
+def _held(array: np.ndarray) -> np.ndarray:
+    """The array itself when it is large and mapped, else a copy."""
+    fit = array.flags.c_contiguous and array.flags.aligned
+    return array if fit and array.nbytes > COPIED else np.array(array, order="C")
+
+
+def _forget(weight: Weight) -> None:
+    """Tell the system that the mapped pages of a tensor are not needed any more, so that they do not count as ours."""
+    for array in (weight.q, weight.scales, weight.mins) if isinstance(weight, QuantTensor) else (weight,):
+        base: Any = array
+        while isinstance(base, np.ndarray):
+            base = base.base
+        if isinstance(base, memoryview):
+            base = base.obj
+        if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            base.madvise(mmap.MADV_DONTNEED)
+
+
+# --- files ---
+
+
+def open_weights(path: Path) -> tuple[ModelConfig, dict[str, Weight]]:
+    """Configuration and weights by Hugging Face's names, mapped from the file where they lie there in a form that can be used."""
+    from criadero.checkpoints import _place, packed
+    from criadero.checkpoints.gguf import read_gguf_quantised
+    from criadero.checkpoints.meta import is_meta_folder, read_meta
+
+    path = _place(path)
+    if path.is_file():
+        config, weights, _ = read_gguf_quantised(path)
+        return config, weights
+    if is_meta_folder(path):
+        config, state = read_meta(path)
+        return config, dict(_arrays(state))
+    if packed.is_quantised(path):
+        return packed.read_quantised(path)
+    config = load_config(path)
+    return config, map_folder(path, config)
+
+
+def map_folder(folder: Path, config: ModelConfig) -> dict[str, Weight]:
+    """The tensors of a Hugging Face folder as arrays over the mapped files, checked against the configuration."""
+    from criadero.checkpoints.packed import _map_file
+    from criadero.checkpoints.safetensors_hf import weight_files
+    from criadero.checkpoints.states import check_tie
+
+    state: dict[str, Weight] = {}
+    for path in weight_files(folder):
+        for name, array in _map_file(path).items():
+            if name.endswith(".rotary_emb.inv_freq"):  # files of 2023 store them; they follow from the configuration
+                continue
+            if name in state:
+                raise UserError(f"{path}: tensor {name} is also in another file of this model")
+            if array.dtype not in (np.float32, np.float16, np.uint16):
+                raise UserError(
+                    f"{path}: tensor {name} has type {array.dtype}; only F32, F16 and BF16 weights are read"
+                )
+            state[name] = array
+    check_shapes(config, {name: tuple(weight.shape) for name, weight in state.items()}, str(folder))
+    if config.tie_word_embeddings and (head := state.pop("lm_head.weight", None)) is not None:
+        pair = {"lm_head.weight": head, "model.embed_tokens.weight": state["model.embed_tokens.weight"]}
+        check_tie(config, {name: torch.from_numpy(_floats(weight)) for name, weight in pair.items()}, str(folder))
+    return state
+
+
+def _arrays(state: Mapping[str, Tensor]) -> Iterator[tuple[str, np.ndarray]]:
+    """Tensors as arrays of the same memory, bfloat16 as its bits."""
+    for name, tensor in state.items():
+        tensor = tensor.detach().contiguous()
+        yield name, (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
