@@ -8,8 +8,10 @@ error and not a server.
 from __future__ import annotations
 
 import json
+import re
+import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,11 @@ from criadero.tokenizer import Tokenizer
 
 LARGEST = {"json_schema": 65_536, "regex": 8_192, "grammar": 32_768}  # characters
 DEEPEST = 64  # levels of a schema, brackets of a regex or a grammar
+WIDEST = 10_000  # letters of a pattern with its {m,n} written out: llguidance's own limits let much slower ones through
+SLOWEST = 2.0  # seconds for the tokens that may come next
 KEPT = 32  # compiled grammars
+_TIMES = re.compile(r"\{(\d{1,9})(?:,(\d{0,9}))?\}")
+_CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
 _LIMITS: dict[str, Any] = {
     "max_items_in_row": 2_000, "initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000,
     "max_lexer_states": 50_000, "max_grammar_size": 100_000, "verbose_errors": False, "precompute_large_lexemes": False,
@@ -71,9 +77,12 @@ class Grammars:
                 grammar = library.LLMatcher.grammar_from_regex(source)
             else:
                 grammar = library.grammar_from("grammar", source)
+            start = time.monotonic()
             matcher = library.LLMatcher(self._words, grammar, log_level=0, limits=self._limits)
             # the first mask is computed here: some grammars break a limit only then
             problem = matcher.get_error() or (matcher.compute_bitmask() and matcher.get_error())
+            if not problem and time.monotonic() - start > SLOWEST:
+                problem = f"it takes more than {SLOWEST:g} seconds to say what may come first; make it simpler"
         except (ValueError, RecursionError) as error:
             raise UserError(f"{kind}: it cannot be used: {_line(error)}") from None
         if problem:
@@ -94,9 +103,14 @@ class GrammarMatcher:
 
     def forbid(self, logits: np.ndarray) -> None:
         """-inf for every token that cannot come next; the ends may where the grammar is satisfied."""
+        start = time.monotonic()
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
             raise BadLogits(f"the grammar cannot go on: {_line(self._matcher.get_error())}")
+        if time.monotonic() - start > SLOWEST:
+            raise BadLogits(
+                f"the grammar takes more than {SLOWEST:g} seconds to say what may come next; make it simpler"
+            )
         allowed = np.unpackbits(bits, count=self._vocab, bitorder="little")
         np.copyto(logits, -np.inf, where=allowed == 0)
 
@@ -139,6 +153,7 @@ def check_size(kind: str, source: str) -> None:
             depth -= 1
     if deepest > DEEPEST:
         raise UserError(f"{kind}: it is nested {deepest} deep; at most {DEEPEST} levels are taken")
+    patterns = [source]
     if kind == "json_schema":
         try:
             schema = json.loads(source)
@@ -146,6 +161,54 @@ def check_size(kind: str, source: str) -> None:
             raise UserError(f"json_schema is not JSON: {_line(error)}") from None
         if not isinstance(schema, dict | bool):
             raise UserError(f"json_schema must be an object, not {type(schema).__name__}")
+        patterns = list(_patterns(schema))
+    for pattern in patterns:
+        if (size := written_out(pattern)) > WIDEST:
+            raise UserError(
+                f"{kind}: with its repetitions written out it is {size:,} letters long; at most {WIDEST:,} are taken"
+            )
+
+
+def _patterns(schema: Any) -> Iterator[str]:
+    """Every regular expression in a schema."""
+    if isinstance(schema, dict):
+        for key, value in schema.items():
+            if key == "pattern" and isinstance(value, str):
+                yield value
+            elif key == "patternProperties" and isinstance(value, dict):
+                yield from value
+            yield from _patterns(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            yield from _patterns(value)
+
+
+def written_out(pattern: str) -> int:
+    """About how many letters a regular expression (or a grammar) has when ``x{m,n}`` is written out as n times x."""
+    sizes = [0]  # of the open groups, the innermost last
+    last = at = 0  # size of what a repetition would repeat
+    while at < len(pattern):
+        letter = pattern[at]
+        if letter == "(":
+            sizes.append(0)
+        elif letter == ")" and len(sizes) > 1:
+            last = sizes.pop()
+            sizes[-1] += last
+        elif letter == "{" and (times := _TIMES.match(pattern, at)):
+            count = max(int(times[1]), int(times[2] or 0), 1)
+            sizes[-1] += last * (count - 1)
+            last *= count
+            at = times.end()
+            continue
+        elif letter not in "*+?|":
+            sizes[-1] += 1
+            last = 1
+            if letter == "[" and (whole := _CLASS.match(pattern, at)):
+                at = whole.end()
+                continue
+            at += letter == "\\"  # what follows belongs to it
+        at += 1
+    return sum(sizes)
 
 
 def _line(problem: object) -> str:
