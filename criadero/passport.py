@@ -23,7 +23,7 @@ PASSPORT, LINEAGE, CHUNKS, SIGNATURE = "passport.json", "lineage.jsonl", "passpo
 MARK = ".criadero-draft"  # in OUT.partial: says that it is ours, with which settings, and holds the lock
 UNSEALED = (PASSPORT, SIGNATURE, "model.sig", MARK)  # not listed in a passport, and no surprise beside one
 LARGEST = 16 << 20  # bytes of a passport, or of one line of lineage.jsonl; real ones have kilobytes
-LARGEST_LINEAGE = 256 << 20
+LARGEST_LINEAGE = 64 << 20
 MOST_ANCESTORS = 10_000
 
 # Exit codes of `criadero passport verify`, by what is wrong; of several the largest is given.
@@ -98,14 +98,23 @@ def checked(passport: Any, where: str) -> dict[str, Any]:
     if isinstance(said, str) and said != FORMAT and said.startswith("criadero/"):
         raise UserError(f"{where}: its format is {said[:40]!r}, this version reads {FORMAT!r}: upgrade criadero")
     texts, lists = ("id", "kind", "name"), ("files", "inputs", "metrics")
+    data, step = _table(passport, "data"), _table(passport, "step")
+    sources = data.get("by_source") or []
     tables = ("licence", "step", "data", "model", "merkle")
     if not (
         all(isinstance(passport.get(key), str) for key in texts)
         and all(isinstance(passport.get(key), list) for key in lists)
         and all(isinstance(row, dict) for key in lists for row in passport[key])
         and all(isinstance(row.get(key), str) for row in passport["files"] for key in ("path", "sha256"))
+        and all(isinstance(row.get("size"), int | None) for row in passport["files"])
         and all(isinstance(row.get("id"), str) for row in passport["inputs"])
         and all(isinstance(passport.get(key), dict | None) for key in tables)
+        and all(
+            isinstance(step.get(key), dict | None) for key in ("code", "env", "seeds", "hardware", "energy", "config")
+        )
+        and all(isinstance(row.get("value"), str | int) for row in passport["metrics"])
+        and isinstance(sources, list)
+        and all(isinstance(row, dict) and isinstance(row.get("removed"), dict | int | None) for row in sources)
     ):
         raise UserError(f"{where}: is not a passport ({FORMAT})")
     if said != FORMAT:
@@ -113,8 +122,13 @@ def checked(passport: Any, where: str) -> dict[str, Any]:
     return passport
 
 
+def _table(passport: Mapping[str, Any], key: str) -> dict[str, Any]:
+    found = passport.get(key)
+    return found if isinstance(found, dict) else {}
+
+
 def read_lineage(folder: Path) -> list[dict[str, Any]]:
-    """The ancestors' passports in lineage.jsonl, nearest first, whatever has an id. UserError when it cannot be read."""
+    """The ancestors' passports in lineage.jsonl, nearest first. UserError when it cannot be read or a line is no passport."""
     file = folder / LINEAGE
     try:
         lines = read_limited(file, LARGEST_LINEAGE).splitlines()
@@ -125,7 +139,7 @@ def read_lineage(folder: Path) -> list[dict[str, Any]]:
         return []
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read: {error}") from None
-    return [one for one in found if isinstance(one, dict) and isinstance(one.get("id"), str)]
+    return [checked(one, f"{file}, line {number}") for number, one in enumerate(found, 1)]
 
 
 def passport_id(passport: Mapping[str, Any]) -> str:
@@ -211,7 +225,6 @@ def chain_problems(folder: Path, passport: Mapping[str, Any]) -> list[Problem]:
         for number, one in enumerate(read_lineage(folder), 1):
             name = str(one.get("name"))[:60]
             try:
-                checked(one, name)
                 honest = one["id"] == passport_id(one)
             except (TypeError, ValueError, RecursionError):
                 honest = False

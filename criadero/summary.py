@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from criadero.artifact import Artifact, open_artifact, read_passport, resolve, short_id
+from criadero.errors import UserError
 
 
 def as_dict(ref: str | Path | Artifact) -> dict[str, Any]:
@@ -27,6 +28,16 @@ def as_dict(ref: str | Path | Artifact) -> dict[str, Any]:
 
 def describe(ref: str | Path | Artifact) -> str:
     """What it is, what it was made of, by which code, and how good it measured: plain text."""
+    try:
+        return _describe(ref)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # a passport that was written to deceive
+        raise UserError(
+            f"{resolve(ref)}: its passport says something that cannot be shown ({type(error).__name__}: {error}): see "
+            "criadero passport verify --deep"
+        ) from error
+
+
+def _describe(ref: str | Path | Artifact) -> str:
     facts = as_dict(ref)
     size = _size(sum(row.get("size") or 0 for row in facts["files"]))
     if facts["id"] is None:

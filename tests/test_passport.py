@@ -238,6 +238,9 @@ def test_a_lineage_that_loops_or_is_very_long(tmp_path: Path) -> None:
     (folder / "lineage.jsonl").write_text("{}\n" * (passport.MOST_ANCESTORS + 1))
     with pytest.raises(UserError, match="10,000 ancestors"):
         open_artifact(folder).ancestors()
+    (folder / "lineage.jsonl").write_text('{"id": "x", "inputs": 5}\n')
+    with pytest.raises(UserError, match=r"lineage\.jsonl, line 1: is not a passport"):
+        open_artifact(folder).lineage()
 
 
 def test_a_model_is_not_opened_when_its_passport_is_required(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,3 +225,36 @@ def test_old_passports_and_unknown_formats(family: Path) -> None:
         export("cria", "cyclondx")
     with pytest.raises(UserError, match="en or es"):
         export("cria", "eu-summary", lang="fr")
+
+
+def test_a_passport_that_lies_is_told_in_one_line(family: Path, tmp_path: Path) -> None:
+    """Any value of a passport replaced by one of another kind: a text comes out, or a UserError of one line."""
+    import random
+    import shutil
+
+    from criadero.passport import passport_id
+    from criadero.recipe import canonical_json
+    from criadero.summary import describe
+
+    folder = shutil.copytree(family / "base", tmp_path / "base")
+    whole = json.loads((folder / "passport.json").read_text())
+    draw = random.Random(0)
+    odd = [None, 7, "odd", [], {}, [[]], {"a": 1}, True, -1, "NaN", ["x"]]
+
+    def places(value: Any, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+        inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        return [way, *(place for key, one in inner for place in places(one, (*way, key)))]
+
+    everywhere = [place for place in places(whole) if place]
+    for _ in range(150):
+        changed = json.loads(json.dumps(whole))
+        *way, last = draw.choice(everywhere)
+        table = changed
+        for key in way:
+            table = table[key]
+        table[last] = draw.choice(odd)
+        changed["id"] = passport_id(changed) if last != "id" else changed["id"]
+        (folder / "passport.json").write_bytes(canonical_json(changed) + b"\n")
+        for tell in (*(partial(export, folder, to) for to in FORMATS), partial(describe, folder)):
+            with contextlib.suppress(UserError):
+                assert tell()

@@ -198,4 +198,16 @@ def export(ref: str | Path | Artifact, to: str, *, lang: str = "en") -> str:
         raise UserError(f"{facts.name} is a {facts.kind}: croissant describes a dataset")
     if to in ("eu-summary", "model-doc", "hf-card") and facts.kind not in MODELS:
         raise UserError(f"{facts.name} is a {facts.kind}: {to} describes a model")
-    return formats[to](facts)
+    try:
+        return formats[to](facts)
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # it may have been written to deceive
+        raise UserError(
+            f"{facts.name}: its passport says something that cannot be told as {to} ({type(error).__name__}: {error}): "
+            "see criadero passport verify --deep"
+        ) from error
