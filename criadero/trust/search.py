@@ -14,6 +14,7 @@ import functools
 import json
 import mmap
 import struct
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ STEP = 128  # every so many suffixes, the first 8 bytes of one stand in keys.bin
 NAMES = 256  # documents in one compressed block of names.bin
 PADDING = 16  # bytes behind the last token, so that 8 of them can be read anywhere
 BATCH = 1 << 15  # bisections at once: bounds the memory of a query of any length
+COLD = 10e-6  # seconds a value beyond which it came from the disk
+PAGE = mmap.PAGESIZE
+KEYS = 1 << 27  # a keys.bin of this size is read whole when the disk is slow
 
 Positions = np.ndarray  # int64 [n], tokens counted from the start of the index
 
@@ -85,6 +89,9 @@ class Index:
             }.items()
         }  # fmt: skip
         self._text, self._order = self._maps["tokens.bin"], self._maps["suffixes.bin"]
+        self._cold = (
+            True  # whether the last look came from the disk: then pages are asked for together, ahead of the look
+        )
         # [n]: the 8 bytes from each token on, as one big-endian number that orders as the tokens do
         self.eights = np.ndarray((n,), ">u8", self._text, strides=(w,))
         self.tokens = np.frombuffer(self._text, f">u{w}", n)
@@ -211,11 +218,23 @@ class Index:
     def places(self, entries: np.ndarray, shards: np.ndarray) -> Positions:
         """The positions that entries of the shards' orders name. UserError when one lies outside its shard."""
         bit = entries * self.bits
-        eights = self._entries[self._order_at[shards] + (bit >> 3)].astype(np.int64)
+        eights = self.look("suffixes.bin", self._entries, self._order_at[shards] + (bit >> 3), 1).astype(np.int64)
         inside = (eights >> (bit & 7)) & self._mask  # at most 32 + 7 bits: the sign does not matter
         if inside.size and bool((inside >= self.sizes[shards]).any()):
             raise UserError(f"{self.path}: suffixes.bin is damaged: build the index again (criadero data index)")
         return self.starts[shards] + inside
+
+    def look(self, name: str, values: np.ndarray, where: np.ndarray, step: int) -> np.ndarray:
+        """values[where], `step` bytes apart in the file `name`. From a slow disk a page at a time would cost its latency each
+        time, so while looks are slow their pages are asked for first, all together."""
+        began = time.perf_counter()
+        if self._cold:
+            pages = np.unique((where * step) // PAGE)
+            for page in pages.tolist():
+                self._maps[name].madvise(mmap.MADV_WILLNEED, page * PAGE, PAGE)
+        out = values[where]
+        self._cold = len(where) > 0 and time.perf_counter() - began > COLD * len(where) + 1e-4
+        return out
 
     # -- many sequences at once ---------------------------------------------------------------------------------------
 
@@ -279,6 +298,8 @@ class Index:
         Bisection of all at once, [n] each. What both ends share with the query is not compared again (Manber and Myers 1993).
         """
         lo, hi = np.zeros(len(starts), np.int64), np.zeros(len(starts), np.int64)
+        if self._cold and len(self._maps["keys.bin"]) <= KEYS:
+            self._maps["keys.bin"].madvise(mmap.MADV_WILLNEED)
         mask = query.masks[np.minimum(left, self.per)]
         key = query.keys[starts] & mask
         top = key | ~mask
@@ -405,7 +426,8 @@ class Query:
 
     def _eights(self, spots: np.ndarray) -> np.ndarray:
         # behind the last token there is only padding, and an end token before it has settled the comparison
-        return self.index.eights[np.minimum(spots, self.index.size - 1)].astype(np.uint64)
+        index = self.index
+        return index.look("tokens.bin", index.eights, np.minimum(spots, index.size - 1), index.width).astype(np.uint64)
 
     def common(self, spots: np.ndarray, starts: np.ndarray) -> np.ndarray:
         """How many tokens the data from each spot and the query from each start have in common, int64."""
