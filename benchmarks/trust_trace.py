@@ -108,7 +108,15 @@ def make_corpus(folder: Path, tokens: int) -> None:
 
 
 def answers(index: Any) -> list[str]:
-    """Texts of about 450 tokens: passages of the corpus and of other texts in turns."""
+    """Texts of about 450 tokens: passages of the corpus and of other texts in turns. Kept, so that measuring does not hold
+    what they are made of."""
+    kept = index.path.parent / "answers.json"
+    if not kept.exists():
+        kept.write_text(json.dumps(make_answers(index)))
+    return json.loads(kept.read_text())
+
+
+def make_answers(index: Any) -> list[str]:
     random = np.random.default_rng(SEED + 1)
     other = index.tokenizer.encode(" ".join(itertools.islice(texts("instruct/gsm8k_train"), 3000)))
     limit = int(np.searchsorted(index.rows, 1)) if (index.rows == 1).any() else index.documents  # public documents
@@ -384,7 +392,14 @@ def build_peer(program: Path, folder: Path, size: int, jobs: int = 2) -> None:
         )  # fmt: skip
 
 
-MEASURES = {"build": build, "trace": trace, "recall": recall, "guard": guard, "peer": peer}
+def prepare(folder: Path) -> dict[str, Any]:
+    """Make the answers."""
+    from criadero.trust.search import open_index
+
+    return {"answers": len(answers(open_index(folder / "index")))}
+
+
+MEASURES = {"prepare": prepare, "build": build, "trace": trace, "recall": recall, "guard": guard, "peer": peer}
 
 
 def measure(folder: Path, names: list[str]) -> dict[str, Any]:
@@ -406,7 +421,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=float, default=1e6, help="size of the corpus")
     parser.add_argument("--folder", type=Path, help="where corpus and index are kept; default: a temporary folder")
     parser.add_argument("--peer", action="store_true", help="also build and ask infini-gram")
-    parser.add_argument("--measures", default="build,trace,recall,guard", help="which, with commas")
+    parser.add_argument("--measures", default="build,prepare,trace,recall,guard", help="which, with commas")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--only", choices=MEASURES, help=argparse.SUPPRESS)
     given = parser.parse_args()

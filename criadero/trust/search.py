@@ -30,6 +30,7 @@ STEP = 128  # every so many suffixes, the first 8 bytes of one stand in keys.bin
 NAMES = 256  # documents in one compressed block of names.bin
 PADDING = 16  # bytes behind the last token, so that 8 of them can be read anywhere
 BATCH = 1 << 15  # bisections at once: bounds the memory of a query of any length
+HELD = 160 << 20  # bytes of the files that may stay in the process's memory
 COLD = 10e-6  # seconds a value beyond which it came from the disk
 PAGE = mmap.PAGESIZE
 KEYS = 1 << 27  # a keys.bin of this size is read whole when the disk is slow
@@ -89,9 +90,9 @@ class Index:
             }.items()
         }  # fmt: skip
         self._text, self._order = self._maps["tokens.bin"], self._maps["suffixes.bin"]
-        self._cold = (
-            True  # whether the last look came from the disk: then pages are asked for together, ahead of the look
-        )
+        self._before = _mapped_bytes()
+        # whether the last look came from the disk: then pages are asked for together, ahead of the look
+        self._cold = True
         # [n]: the 8 bytes from each token on, as one big-endian number that orders as the tokens do
         self.eights = np.ndarray((n,), ">u8", self._text, strides=(w,))
         self.tokens = np.frombuffer(self._text, f">u{w}", n)
@@ -259,6 +260,7 @@ class Index:
                 spots = self.places(side[there], shard[there])
                 best[there] = np.maximum(best[there], query.common(spots, pairs[there]))
             out[at : at + step] = best.reshape(shards, len(some)).max(0)
+            self.trim()
         return out
 
     def intervals(
@@ -281,6 +283,7 @@ class Index:
             shard = np.repeat(np.arange(shards), len(fits))
             for upper, out in ((False, lo), (True, hi)):
                 out[at + fits] = self._insertion(query, pairs, left, shard, upper=upper).reshape(shards, -1).T
+            self.trim()
         return lo, hi
 
     def counts(
@@ -370,6 +373,11 @@ class Index:
         """Give back the memory of what was touched; it stays in the system's cache, and is mapped again when needed."""
         for one in self._maps.values():
             one.madvise(mmap.MADV_DONTNEED)
+
+    def trim(self) -> None:
+        """Release when more than `HELD` has been touched since the index was opened, as far as the system tells."""
+        if _mapped_bytes() - self._before > HELD:
+            self.release()
 
     def forget(self) -> None:
         """As :meth:`release`, and out of the system's cache too (to measure a cold start). Linux only."""
@@ -474,6 +482,15 @@ def _mapped(file: Path, size: int) -> mmap.mmap:
     if hasattr(mmap, "MADV_RANDOM"):
         mapped.madvise(mmap.MADV_RANDOM)  # a bisection reads one page here and one there: reading ahead is waste
     return mapped
+
+
+def _mapped_bytes() -> int:
+    """Bytes of files that this process has in memory (Linux; 0 elsewhere)."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[2]) * PAGE
+    except OSError:
+        return 0
 
 
 def open_index(ref: str | Path | Artifact) -> Index:
