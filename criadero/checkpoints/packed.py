@@ -276,7 +276,7 @@ def write_quantised(
 ) -> None:
     """Write ``config.json``, ``generation_config.json`` and the packed weights of a model.
 
-    Plain tensors are stored as ``dtype``. An int8 embedding table is stored plain (see the head of this file) unless
+    Plain matrices are stored as ``dtype``, norms in their own. An int8 embedding table is stored plain (see the head of this file) unless
     ``pack_tables``, which only Criadero opens. The folder is the caller's.
     """
     folder = Path(folder)
@@ -295,7 +295,8 @@ def write_quantised(
             packed[name.removesuffix(".weight")] = weight
             tensors = _pack(name.removesuffix(".weight"), weight)
         else:
-            tensors = {name: weight.detach().to(device="cpu", dtype=dtype).contiguous()}
+            narrow = dtype if weight.ndim == 2 else torch.float32 if weight.dtype == torch.float64 else weight.dtype
+            tensors = {name: weight.detach().to(device="cpu", dtype=narrow).contiguous()}
         taken = sum(tensor.nbytes for tensor in tensors.values())
         if files[-1] and size + taken > max_shard_bytes:
             files.append({})
