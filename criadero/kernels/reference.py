@@ -24,7 +24,8 @@ def quantise_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     top = cut.abs().amax(dim=2)
     tiny = top < 1e-30
     scale = torch.where(tiny, 0.0, top / 127.0)
-    inverse = torch.where(tiny, 0.0, 127.0 / top)
+    # a true division, like the kernels': PyTorch turns 127.0 / top into 127 x (1 / top), which rounds otherwise
+    inverse = torch.where(tiny, 0.0, torch.full_like(top, 127.0) / top)
     return (cut * inverse[:, :, None]).round(), scale
 
 
