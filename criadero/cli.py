@@ -293,14 +293,24 @@ def show(
     svg: Annotated[
         Path | None, typer.Option("--svg", help="draw the family tree into this file (.svg or .html)")
     ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="tokens of context to say the memory for; default: the model's whole")
+    ] = None,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="measure for a second how many tokens/s this machine's memory allows")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what an artifact is and what it was made of."""
+    """Say what an artifact is, what it was made of, and what memory it takes here."""
     if lineage or svg:
         return cli_passport.picture(ref, lineage, svg)
-    from criadero.summary import as_dict, describe
+    from criadero.summary import as_dict, describe, needs_of
 
-    print(json.dumps(as_dict(ref), ensure_ascii=False, indent=2) if as_json else describe(ref))
+    if as_json:
+        facts = as_dict(ref) | {"needs": needs_of(ref, context=context, speed=speed)}
+        print(json.dumps(facts, ensure_ascii=False, indent=2))
+    else:
+        print(describe(ref, context=context, speed=speed))
 
 
 @licence_app.command("check")

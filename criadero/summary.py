@@ -26,10 +26,14 @@ def as_dict(ref: str | Path | Artifact) -> dict[str, Any]:
     return {"path": str(path), **{key: passport[key] for key in first}, **passport}
 
 
-def describe(ref: str | Path | Artifact) -> str:
-    """What it is, what it was made of, by which code, and how good it measured: plain text."""
+def describe(ref: str | Path | Artifact, *, context: int | None = None, speed: bool = False) -> str:
+    """What it is, what it was made of, by which code, how good it measured, and what computing with it takes: plain text.
+
+    The memory is that at ``context`` tokens (default: the model's whole context); ``speed`` measures for a second how many
+    tokens a second this machine's memory allows.
+    """
     try:
-        return _describe(ref)
+        return _describe(ref, context, speed)
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # a passport that was written to deceive
         raise UserError(
             f"{resolve(ref)}: its passport says something that cannot be shown ({type(error).__name__}: {error}): see "
@@ -37,12 +41,13 @@ def describe(ref: str | Path | Artifact) -> str:
         ) from error
 
 
-def _describe(ref: str | Path | Artifact) -> str:
+def _describe(ref: str | Path | Artifact, context: int | None, speed: bool) -> str:
     facts = as_dict(ref)
     size = _size(sum(row.get("size") or 0 for row in facts["files"]))
     if facts["id"] is None:
         text = f"{facts['name']} · imported · no passport: nothing says what it was made of"
-        return "\n".join([text, f"path      {facts['path']} ({_count(len(facts['files']), 'file')}, {size})"])
+        path = f"path      {facts['path']} ({_count(len(facts['files']), 'file')}, {size})"
+        return "\n".join([text, path, *_needs(facts["path"], context, speed)])
     artifact = open_artifact(ref)
     lines = [f"{artifact.name} · {artifact.kind} · {short_id(artifact.id)} · sealed {str(facts.get('created'))[:10]}"]
 
@@ -67,6 +72,7 @@ def _describe(ref: str | Path | Artifact) -> str:
     )
     add("trained", f"on {_number(step['tokens'])} tokens" if _is_count(step.get("tokens")) else "")
     add("code", _code(step))
+    lines += _needs(facts["path"], context, speed)
     add("licence", str((facts.get("licence") or {}).get("declared") or "not declared"))
     rows = artifact.sources()
     if rows:
@@ -81,6 +87,36 @@ def _describe(ref: str | Path | Artifact) -> str:
         lines += ["measured", *_table(_metric_rows(artifact.metrics), right=(2, 3))]
     lines += ["lineage", *("  " + line for line in artifact.lineage().splitlines())]
     return "\n".join(lines)
+
+
+def needs_of(ref: str | Path | Artifact, *, context: int | None = None, speed: bool = False) -> dict[str, Any] | None:
+    """What computing with a model takes on this machine (`criadero.engine.fit.needs`); None for what is no model."""
+    from criadero.engine.fit import needs
+
+    return needs(resolve(ref), context=context, speed=speed)
+
+
+def _needs(path: str, context: int | None, speed: bool) -> list[str]:
+    """`needs_of` in words."""
+    from criadero.engine.fit import said
+
+    found = needs_of(path, context=context, speed=speed)
+    if found is None:
+        return []
+    free = "" if found["free_bytes"] is None else f"; {said(found['free_bytes'])} is free"
+    if found["free_bytes"] is not None and found["total_bytes"] > found["free_bytes"]:
+        free += ": it does not fit"
+    tokens = _count(found["context"], "token")
+    lines = [
+        f"memory    {said(found['total_bytes'])} with {tokens} of context: {said(found['weights_bytes'])} of weights, "
+        f"{said(found['token_bytes'])} a token, {said(found['overhead_bytes'])} beside{free}"
+    ]
+    if speed:
+        lines.append(
+            f"speed     at most {found['tokens_per_second']:,.0f} tokens/s, one answer at a time: {said(found['read_bytes'])} are read "
+            f"for each, at {said(found['bandwidth'])}/s measured here"
+        )
+    return lines
 
 
 def _code(step: dict[str, Any]) -> str:

@@ -243,7 +243,7 @@ def test_files_that_may_not_be_read(here: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_what_the_system_refuses_is_no_bug(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(ref: str) -> str:
+    def refuse(ref: str, **options: object) -> str:
         raise PermissionError(errno.EACCES, "Permission denied", f"{ref}/config.json")
 
     monkeypatch.setattr("criadero.summary.describe", refuse)

@@ -7,11 +7,14 @@ Decoding one token reads every weight once and the keys and values of the contex
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from criadero.artifact import resolve
 from criadero.errors import UserError
 
 # bytes a weight, scales of groups of 32 in float16 counted
@@ -84,6 +87,83 @@ def free_memory(device: str = "cpu") -> int | None:
     return min(found)
 
 
+def shape_of(path: Path) -> Shape | None:
+    """The shape of the model in a folder, its adapter's base, or a GGUF file; None when there is none to be read there."""
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            return None
+        from criadero.checkpoints import load_config
+
+        return load_config(path)
+    values = _json(_body(path) / "config.json")
+    try:
+        heads, hidden = int(values["num_attention_heads"]), int(values["hidden_size"])
+        fields = ("vocab_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings")
+        shape: Any = SimpleNamespace(**{name: int(values[name]) for name in fields})
+        shape.num_attention_heads, shape.hidden_size = heads, hidden
+        shape.num_key_value_heads = int(values.get("num_key_value_heads") or heads)
+        shape.head_dim = int(values.get("head_dim") or hidden // heads)
+        shape.tie_word_embeddings = bool(values.get("tie_word_embeddings", False))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
+    return shape
+
+
+def stored_bytes(path: Path) -> int:
+    """Bytes of the weights of a model as they lie on the disk: of a folder, of an adapter and its base, or of a file."""
+    if path.is_file():
+        return path.stat().st_size
+    folders = {path, _body(path)}
+    files = [file for folder in folders for kind in ("*.safetensors", "*.gguf", "*.pth") for file in folder.glob(kind)]
+    return sum(file.stat().st_size for file in files)
+
+
+def _body(path: Path) -> Path:
+    """The folder that holds the model: an adapter's base, where it is here."""
+    base = _json(path / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        return path
+    near = path / base
+    try:
+        return near if near.exists() else resolve(base)
+    except UserError:
+        return path
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def needs(ref: str | Path, *, context: int | None = None, speed: bool = False) -> dict[str, Any] | None:
+    """What computing with ``ref`` takes on this machine, as it is stored: bytes of weights, of a token's keys and values (as
+    float16), of both at ``context`` (default: the whole) and what is free; with ``speed``, a second's measurement of bandwidth and the
+    tokens a second that it allows. None when there is no model to be read there. UserError: a context the model has not."""
+    path = resolve(ref)
+    shape = shape_of(path)
+    if shape is None:
+        return None
+    whole = shape.max_position_embeddings
+    context = whole if context is None else context
+    if not 1 <= context <= whole:
+        raise UserError(f"--context {context}: the model's context is 1 to {whole:,} tokens")
+    weights, token = stored_bytes(path), token_bytes(shape, "float16")
+    found: dict[str, Any] = {
+        "weights_bytes": weights, "token_bytes": token, "context": context, "total_bytes": weights + context * token + OVERHEAD,
+        "overhead_bytes": OVERHEAD, "free_bytes": free_memory(),
+    }  # fmt: skip
+    if speed:
+        rate = bandwidth()
+        # the embedding's rows are looked up, not read through, where the output layer has its own
+        looked_up = 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size / parameters(shape)
+        read = round(weights * (1 - looked_up)) + context * token
+        found |= {"bandwidth": round(rate), "read_bytes": read, "tokens_per_second": rate / read}
+    return found
+
+
 def stored_format(runner: str, weights: str, device: str) -> str:
     """The number format that ``weights`` "auto" comes to, for an estimate."""
     if weights != "auto":
@@ -123,8 +203,13 @@ def check_fits(
     free = free_memory(device)
     if free is None:
         return
-    form = stored_format(runner, weights, device)
-    body, cache = weight_bytes(shape, form), pages * page * token_bytes(shape, kv)
+    path = Path(str(ref))
+    if weights == "auto" and runner == "native" and path.exists():
+        form, body = "stored", stored_bytes(path)
+    else:
+        form = stored_format(runner, weights, device)
+        body = weight_bytes(shape, form)
+    cache = pages * page * token_bytes(shape, kv)
     if body + cache + OVERHEAD > free:
         least = page * -(-shape.max_position_embeddings // page) * token_bytes(shape, kv)
         advice = (
@@ -141,16 +226,17 @@ def check_fits(
 def bandwidth(seconds: float = 1.0) -> float:
     """Bytes a second that this machine reads from memory: the native kernels' probe, else sums in numpy on as many threads as
     there are cores (an underestimate where numpy's sum is slower than the memory)."""
-    probe = _native_probe()
-    if probe is not None:
-        return float(probe(seconds))
+    from criadero.engine.runner import native_available, physical_cores
+
+    threads = physical_cores()
+    if native_available():
+        probe = getattr(importlib.import_module("criadero.kernels._native"), "bandwidth", None)
+        if probe is not None:  # a build from before the probe has none
+            return float(probe(2**29, threads, seconds))
     from concurrent.futures import ThreadPoolExecutor
 
     import numpy as np
 
-    from criadero.engine.runner import physical_cores
-
-    threads = physical_cores()
     block = np.ones(2**24, np.float32)  # 64 MiB a thread: past the caches
     blocks = [block, *(block.copy() for _ in range(threads - 1))]
     best, until = 0.0, time.perf_counter() + seconds
@@ -166,13 +252,6 @@ def bandwidth(seconds: float = 1.0) -> float:
 
 def _read(block: Any) -> float:
     return float(block.max())  # one pass, vectorised, nothing written
-
-
-def _native_probe() -> Any:
-    try:
-        return getattr(importlib.import_module("criadero.kernels._native"), "bandwidth", None)
-    except ImportError:
-        return None
 
 
 def said(size: float) -> str:
