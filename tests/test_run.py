@@ -287,4 +287,5 @@ def test_make_takes_artifacts_and_values(here: Path) -> None:
 
 
 def test_the_stages_have_the_names_that_recipes_use() -> None:
-    assert list(STAGES) == ["data", "tokenizer", "tokens", "pretrain", "sft"]
+    old = ["data", "tokenizer", "tokens", "index", "unique", "pretrain", "sft"]  # recipes that people have name these
+    assert [stage for stage in STAGES if stage in old] == old
