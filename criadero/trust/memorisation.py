@@ -112,6 +112,11 @@ def greedy(model: Llama) -> Continue:
     @torch.inference_mode()
     def go_on(prompts: np.ndarray, n: int) -> np.ndarray:
         size, length = prompts.shape
+        context = model.config.max_position_embeddings
+        if length + n > context:
+            raise UserError(
+                f"the model's context is {context} tokens, and {length + n} are needed: it cannot be measured so"
+            )
         cache = KVCache(model.config, size, length + n, weight.dtype, weight.device)
         ids = torch.from_numpy(prompts).to(weight.device)
         out = []
