@@ -201,6 +201,7 @@ _add_stage(app, "tune", "sft", ("base", "data"), "Customise a model with example
 _add_stage(
     app, "quantize", "quantize", ("model",), "Make a model small: 4 or 8 bits a weight, measured before and after."
 )
+_add_stage(app, "merge", "merge", ("models",), "Fold an adapter into its base, or average several models into one.")
 _add_stage(app, "pretrain", "pretrain", ("data",), "Train a base model on tokens, from random weights.")
 
 

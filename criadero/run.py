@@ -42,6 +42,7 @@ STAGES: Stages = {
     "pretrain": functools.partial(_load, "criadero.train.pretrain", "PretrainRecipe", "pretrain"),
     "sft": functools.partial(_load, "criadero.train.sft", "SftRecipe", "sft"),
     "quantize": functools.partial(_load, "criadero.quantization.stage", "QuantizeRecipe", "quantize"),
+    "merge": functools.partial(_load, "criadero.merge", "MergeRecipe", "merge"),
     "self_instruct": functools.partial(_load, "criadero.synth.self_instruct", "SelfInstructRecipe", "self_instruct"),
     "evol_instruct": functools.partial(_load, "criadero.synth.evol_instruct", "EvolInstructRecipe", "evol_instruct"),
     "clean_chats": functools.partial(_load, "criadero.synth.clean_chats", "CleanChatsRecipe", "clean_chats"),

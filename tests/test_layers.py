@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", ""},  # "" is criadero/__init__.py: its public names are imported behind __getattr__
     {"artifact", "recipe", "passport", "merkle", "machine"},
     {"config", "tokenizer", "sentencepiece_file", "template_sandbox", "chat", "kernels"},
-    {"model", "lora", "checkpoints", "data", "card"},
+    {"model", "lora", "merge", "checkpoints", "data", "card"},
     {"train", "engine", "quantization"},
     {"trust", "synth"},
     {"run", "demo", "terminal", "summary", "export"},
