@@ -55,7 +55,7 @@ class Figures:
             for when, suffix in (("after", ""), ("before", "_before")):
                 where = {"suite": "held_out", "slice": "all", "n": n}
                 rows.append(where | {"metric": "loss" + suffix, "value": self.total(when)})
-                rows.append(where | {"metric": "perplexity" + suffix, "value": math.exp(min(700.0, self.total(when)))})
+                rows.append(where | {"metric": "perplexity" + suffix, "value": perplexity(self.total(when))})
         sizes = {
             "bits_per_weight": self.bits, "bits_per_weight_stored": self.file_bits, "weight_bytes": self.memory_bytes,
             "weight_bytes_stored": self.file_bytes, "weight_bytes_before": self.before_bytes,
@@ -75,7 +75,7 @@ def lines(figures: Figures) -> list[str]:
         before, after = figures.total("before"), figures.total("after")
         out.append(
             f"held out, all: loss {before:.4f} -> {after:.4f} ({after - before:+.4f}), "
-            f"perplexity {math.exp(before):.3f} -> {math.exp(after):.3f}"
+            f"perplexity {perplexity(before):.5g} -> {perplexity(after):.5g}"
         )
     kinds = ", ".join(
         f"{kind} {n / figures.weights:.0%}" for kind, n in figures.kinds.items() if n / figures.weights >= 0.005
@@ -85,6 +85,10 @@ def lines(figures: Figures) -> list[str]:
         f"{megabytes(figures.file_bytes)}; {figures.seconds:.0f} s"
     )
     return out
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(min(700.0, loss))  # a damaged model's must not overflow
 
 
 def megabytes(size: int) -> str:
@@ -114,8 +118,8 @@ def card(
         total = {"name": "all", "n": n, "before": figures.total("before"), "after": figures.total("after")}
         for row in [*figures.groups, total]:
             text.append(
-                f"| {row['name']} | {row['n']:,} | {row['before']:.4f} | {row['after']:.4f} | {math.exp(row['before']):.3f} "
-                f"| {math.exp(row['after']):.3f} |"
+                f"| {row['name']} | {row['n']:,} | {row['before']:.4f} | {row['after']:.4f} | {perplexity(row['before']):.5g} "
+                f"| {perplexity(row['after']):.5g} |"
             )
     else:
         text.append("The loss was not measured: no text was given.")
