@@ -19,6 +19,12 @@ NOTE = "<!-- Written by docs/generate.py from the code: change the code, then ru
 STAGE_OF = {
     "tune": "sft",
     "pretrain": "pretrain",
+    "merge": "merge",
+    "synth documents": "document_questions",
+    "synth self-instruct": "self_instruct",
+    "synth evol-instruct": "evol_instruct",
+    "synth clean-chats": "clean_chats",
+    "synth judge": "judge",
     "data build": "data",
     "data tokenizer": "tokenizer",
     "data pack": "tokens",
