@@ -600,6 +600,7 @@ def test_run_skips_what_an_endpoint_made() -> None:
     assert "up to date" in said[-1]
 
 
+@pytest.mark.slow
 def test_learned_from_end_to_end() -> None:
     """What was made is tuned on, and the licence of the teacher is found along the lineage of the result."""
     from criadero.trust.licences import check
