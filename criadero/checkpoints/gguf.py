@@ -8,7 +8,9 @@ Rows of q and k are interleaved in the file (`criadero.checkpoints.layout`); Lla
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,21 +127,28 @@ def read_gguf_quantised(path: str | Path) -> tuple[ModelConfig, dict[str, Weight
         raise UserError(f"{path}: holds a vocabulary only, no model")
     names = {hf_name(name): name for name in header.tensors if name != "rope_freqs.weight"}
     check_shapes(config, {name: header.tensors[stored].shape for name, stored in names.items()}, str(path))
-    state: dict[str, Weight] = {}
-    for name, _ in expected_shapes(config):
-        info = header.tensors[names[name]]
-        if info.kind in KEPT and len(info.shape) == 2:
-            packed = repack(read_bytes(header, info.name), info.kind, *info.shape)
-            finite = np.isfinite(packed.scales).all() and (packed.mins is None or np.isfinite(packed.mins).all())
-            state[name] = _reorder_rows(name, config, to_rotate_half, packed)
-        else:
-            plain = read_tensor(header, info.name)
-            finite = bool(torch.isfinite(plain).all())
-            plain = _reorder(name, config, to_rotate_half, plain).contiguous()
-            state[name] = (plain.view(torch.uint16) if plain.dtype == torch.bfloat16 else plain).numpy()
-        if not finite:
-            raise UserError(f"{path}: tensor {info.name!r} holds values that are not finite; get the file again")
+    order = [name for name, _ in expected_shapes(config)]
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # numpy lets go of the interpreter
+        weights = pool.map(lambda name: _quantised_weight(header, name, names[name], config), order)
+        state = dict(zip(order, weights, strict=True))
     return config, state, read_gguf_tokenizer(header)
+
+
+def _quantised_weight(header: Header, name: str, stored: str, config: ModelConfig) -> Weight:
+    info = header.tensors[stored]
+    weight: Weight
+    if info.kind in KEPT and len(info.shape) == 2:
+        packed = repack(read_bytes(header, stored), info.kind, *info.shape)
+        finite = bool(np.isfinite(packed.scales).all() and (packed.mins is None or np.isfinite(packed.mins).all()))
+        weight = _reorder_rows(name, config, to_rotate_half, packed)
+    else:
+        plain = read_tensor(header, stored)
+        finite = bool(torch.isfinite(plain).all())
+        plain = _reorder(name, config, to_rotate_half, plain).contiguous()
+        weight = (plain.view(torch.uint16) if plain.dtype == torch.bfloat16 else plain).numpy()
+    if not finite:
+        raise UserError(f"{header.path}: tensor {stored!r} holds values that are not finite; get the file again")
+    return weight
 
 
 def is_quantised_gguf(source: Header | str | Path) -> bool:
