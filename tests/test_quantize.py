@@ -61,7 +61,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     model = tiny_model(scale=0.5, **SIZES)
     rows = read_text(text, tokenizer_of(made), None, model.config, tokens=8000, held_out=400, seed=3).calibration
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step in range(60):
+    for step in range(40):
         loss, n, _ = next_token_loss(model, rows[step % len(rows)])
         optimizer.zero_grad()
         (loss / n).backward()
