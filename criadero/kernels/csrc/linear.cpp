@@ -366,13 +366,13 @@ const LinearKernels& linear_kernels() {
 
 void run_jobs(Worker& worker, const Job* jobs, int count, const Activations& a) {
     const LinearKernels& kernels = linear_kernels();
-    // Pieces of about this many bytes of weights: they stay in a core's second-level cache while block after block of rows goes by, and are
-    // so many that fast and slow cores end together.
+    // Pieces of at most this many bytes of weights stay in a core's second-level cache while block after block of rows goes by; and each
+    // product is in at least four pieces a thread, if it has as many tiles, so that fast and slow cores end together.
     constexpr size_t PIECE = 128 << 10;
     int total = 0;
-    auto tiles_of = [](const Weights& w) {
-        const size_t tiles = PIECE / w.tile_bytes;
-        return tiles < 1 ? 1 : static_cast<int>(tiles);
+    auto tiles_of = [&](const Weights& w) {
+        const int fit = static_cast<int>(PIECE / w.tile_bytes), fair = (w.tiles + 4 * worker.count - 1) / (4 * worker.count);
+        return most(1, least(fit, fair));
     };
     auto pieces_of = [&](const Weights& w) { return (w.tiles + tiles_of(w) - 1) / tiles_of(w); };
     for (int j = 0; j < count; ++j) total += pieces_of(*jobs[j].w);

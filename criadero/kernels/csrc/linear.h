@@ -18,10 +18,16 @@
 
 namespace criadero {
 
-constexpr int TILE = 16;     // output rows whose weights lie interleaved
-constexpr int SLICE = 32;    // columns: the unit of padding
-constexpr int SPAN = 128;    // columns of activations that share one scale
-constexpr int BLOCK = 16;    // activation rows that lie interleaved, at most
+constexpr int TILE = 16;   // output rows whose weights lie interleaved
+constexpr int SLICE = 32;  // columns: the unit of padding
+constexpr int BLOCK = 16;  // activation rows that lie interleaved, at most
+
+// Columns of activations that share one scale. One scale for a whole row lets a single large column, which trained models have, take the
+// precision of all others: the error of down_proj's output in the bundled model is 2.5 % with one scale a row, 1.4 % with one for 128
+// columns and 0.8 % with one for 32 (llama.cpp takes 32 for Q4_0 and Q8_0, 256 for Q4_K); with four columns of 2048 sixty times as large as
+// the rest 7.7, 2.4 and 1.2 %. Rounding weights to 4 bits costs some 8 %. A scale for each 32 would cost one multiplication more for each
+// 8 vpdpbusd, a tenth of the time of long prompts; for each 128 it costs a thirtieth.
+constexpr int SPAN = 128;
 
 // 64-byte aligned memory, of huge pages where the system grants them. Zeroed on request only.
 struct Buffer {

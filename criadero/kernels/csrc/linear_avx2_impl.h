@@ -285,6 +285,7 @@ void prepare_row(const Block& b, int row, int from, int to, int columns, const f
             }
             const float most_of = bits_to_float(largest_of(top));
             const bool tiny = most_of < 1e-30f;
+            const int there = most_of <= 3.4028235e38f ? to : span;  // of what is not finite only the scale says so, and the rest is zero
             const __m256 inverse = _mm256_set1_ps(tiny ? 0.0f : 127.0f / most_of);
             b.scales[span / SPAN * b.width + row] = tiny ? 0.0f : most_of / 127.0f;
             int32_t total = 0;
@@ -292,7 +293,7 @@ void prepare_row(const Block& b, int row, int from, int to, int columns, const f
                 const size_t place = (size_t)(slice / SLICE) * b.width + row;
                 __m256i n[4];
                 UNROLL
-                for (int i = 0; i < 4; ++i) n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(read8(x + slice + 8 * i - from, to - slice - 8 * i), inverse));
+                for (int i = 0; i < 4; ++i) n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(read8(x + slice + 8 * i - from, there - slice - 8 * i), inverse));
                 const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(n[0], n[1]), _mm256_packs_epi32(n[2], n[3]));
                 // the packs work within 128 bits: put the words of 4 back in order
                 const __m256i ordered = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));

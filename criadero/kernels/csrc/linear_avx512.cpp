@@ -250,13 +250,14 @@ void prepare_row(const Block& b, int row, int from, int to, int columns, const f
             }
             const float most_of = bits_to_float(_mm512_reduce_max_epu32(top));
             const bool tiny = most_of < 1e-30f;
+            const int there = most_of <= 3.4028235e38f ? to : span;  // of what is not finite only the scale says so, and the rest is zero
             const __m512 inverse = _mm512_set1_ps(tiny ? 0.0f : 127.0f / most_of);
             b.scales[span / SPAN * b.width + row] = tiny ? 0.0f : most_of / 127.0f;
             int32_t total = 0;
             for (int slice = span; slice < stop; slice += SLICE) {
                 const size_t place = (size_t)(slice / SLICE) * b.width + row;
-                const __m512i left = _mm512_cvtps_epi32(_mm512_mul_ps(read16(x + slice - from, to - slice), inverse));
-                const __m512i right = _mm512_cvtps_epi32(_mm512_mul_ps(read16(x + slice + 16 - from, to - slice - 16), inverse));
+                const __m512i left = _mm512_cvtps_epi32(_mm512_mul_ps(read16(x + slice - from, there - slice), inverse));
+                const __m512i right = _mm512_cvtps_epi32(_mm512_mul_ps(read16(x + slice + 16 - from, there - slice - 16), inverse));
                 _mm_storeu_si128((__m128i*)(b.q + place * SLICE), _mm512_cvtsepi32_epi8(left));
                 _mm_storeu_si128((__m128i*)(b.q + place * SLICE + 16), _mm512_cvtsepi32_epi8(right));
                 const int32_t sum = _mm512_reduce_add_epi32(_mm512_add_epi32(left, right));

@@ -22,6 +22,7 @@ void prepare_row(const Block& b, int row, int from, int to, int columns, const f
             }
             const float largest_of = bits_to_float(top);
             const bool tiny = largest_of < 1e-30f;
+            const int there = largest_of <= 3.4028235e38f ? to : span;  // of what is not finite only the scale says so, and the rest is zero
             const float scale = tiny ? 0.0f : largest_of / 127.0f, inverse = tiny ? 0.0f : 127.0f / largest_of;
             b.scales[span / SPAN * b.width + row] = scale;
             int32_t total = 0;
@@ -29,8 +30,7 @@ void prepare_row(const Block& b, int row, int from, int to, int columns, const f
                 int8_t* q = b.q + ((size_t)(slice / SLICE) * b.width + row) * SLICE;
                 int32_t sums[2] = {0, 0};
                 for (int k = 0; k < SLICE; ++k) {
-                    const float value = slice + k < to ? x[slice + k - from] * inverse : 0.0f;
-                    const int32_t n = value >= -127.0f && value <= 127.0f ? round_to_even(value) : value > 0 ? 127 : -127;
+                    const int32_t n = slice + k < there ? round_to_even(x[slice + k - from] * inverse) : 0;
                     q[k] = (int8_t)n;
                     sums[k / 16] += n;
                 }
