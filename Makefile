@@ -1,4 +1,4 @@
-# What is made: .venv (demo), the tests' tools in it (test), .compat (an older transformers, for one test).
+# What is made: .venv (demo), the tests' tools in it (test), .compat (an older transformers, for one test), .peers (llama.cpp, for bench).
 # `make` alone lists the targets. PYTHON=/path/to/python chooses the interpreter for .venv.
 .PHONY: help demo test test-all lint docs bench compat constraints cria clean
 
@@ -7,10 +7,10 @@ help:
 	@echo "make test     the fast tests (make test-all: the slow ones too)"
 	@echo "make lint     ruff and mypy"
 	@echo "make docs     write docs/reference from the code, and run the examples in the documents"
-	@echo "make bench    seconds and memory of each step of the demo; a training step beside transformers"
+	@echo "make bench    the demo's steps, a training step beside transformers, the engine beside llama.cpp (built into .peers)"
 	@echo "make compat   check what is written against an older transformers"
 	@echo "make cria     raise the bundled models again from their sources (hours; goes on where it was cut off)"
-	@echo "make clean    remove .venv, .compat and caches (never a model)"
+	@echo "make clean    remove .venv, .peers, .compat and caches (never a model)"
 
 demo: .venv/installed
 	@.venv/bin/criadero demo
@@ -30,9 +30,10 @@ docs: .venv/installed-dev
 	@.venv/bin/python docs/generate.py
 	@.venv/bin/python -m pytest tests/test_docs.py -m "slow or not slow"
 
-bench: .venv/installed-dev
+bench: .venv/installed-dev .peers/installed
 	@.venv/bin/python benchmarks/demo.py
 	@.venv/bin/python benchmarks/train_step.py
+	@.venv/bin/python benchmarks/engine.py
 
 compat: .venv/installed-dev .compat/installed
 	@.venv/bin/python -m pytest tests/test_checkpoints_hf.py
@@ -50,16 +51,20 @@ cria: .venv/installed
 	@.venv/bin/criadero passport verify cria-chat
 
 clean:
-	@rm -rf .venv .compat .compat.partial build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf .venv .peers .compat .compat.partial build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/installed: pyproject.toml constraints.txt tools/venv.sh
+.venv/installed: pyproject.toml constraints.txt tools/venv.sh $(wildcard criadero/kernels/csrc/*)
 	@./tools/venv.sh
 	@touch $@
 
-.venv/installed-dev: pyproject.toml constraints.txt tools/venv.sh
+.venv/installed-dev: pyproject.toml constraints.txt tools/venv.sh $(wildcard criadero/kernels/csrc/*)
 	@./tools/venv.sh dev
 	@touch .venv/installed $@
+
+.peers/installed: tools/peers.sh
+	@./tools/peers.sh
+	@touch $@
 
 .compat/installed: tests/compat/install.sh .venv/installed-dev
 	@PIP_QUIET=1 PYTHON=.venv/bin/python ./tests/compat/install.sh
