@@ -3,6 +3,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -97,27 +98,32 @@ float at(const Floats& table, size_t i) {
     return table.half ? half_to_float(static_cast<const uint16_t*>(table.data)[i]) : static_cast<const float*>(table.data)[i];
 }
 
+// The largest magnitude of a part of a table; infinite if a number is not finite.
+float largest(const Floats& table, size_t from, size_t to) {
+    uint32_t top = 0;  // of positive numbers the bits have the numbers' order
+    if (table.half) {
+        const uint16_t* halves = static_cast<const uint16_t*>(table.data);
+        uint16_t most_of = 0;
+        for (size_t i = from; i < to; ++i) most_of = std::max<uint16_t>(most_of, halves[i] & 0x7fff);
+        return most_of >= 0x7c00 ? INFINITY : half_to_float(most_of);
+    }
+    const float* floats = static_cast<const float*>(table.data);
+    for (size_t i = from; i < to; ++i) top = std::max(top, float_to_bits(floats[i]) & 0x7fffffffu);
+    return top >= 0x7f800000u ? INFINITY : bits_to_float(top);
+}
+
 // The power of two that brings the largest of the tables' numbers to the top of f16's range, so that the small ones do not become
 // subnormal. It multiplies f16 input exactly.
 int exponent_of(Pool& pool, const Floats& scales, const Floats& mins, size_t count) {
-    std::vector<float> most(static_cast<size_t>(pool.threads()), 0.0f);
+    std::vector<float> tops(static_cast<size_t>(pool.threads()), 0.0f);
     pool.run([&](Worker& me) {
-        float top = 0;
         const size_t from = count * static_cast<size_t>(me.index) / static_cast<size_t>(me.count);
         const size_t to = count * static_cast<size_t>(me.index + 1) / static_cast<size_t>(me.count);
-        for (const Floats* table : {&scales, &mins}) {
-            if (!table->data) continue;
-            for (size_t i = from; i < to; ++i) {
-                const float value = std::fabs(at(*table, i));
-                if (!(value <= top)) top = value;  // a NaN stays
-                if (value != value) break;
-            }
-            if (top != top) break;
-        }
-        most[static_cast<size_t>(me.index)] = top;
+        float top = largest(scales, from, to);
+        if (mins.data) top = std::max(top, largest(mins, from, to));
+        tops[static_cast<size_t>(me.index)] = top;
     });
-    float top = 0;
-    for (float one : most) top = one > top || one != one ? one : top;
+    const float top = *std::max_element(tops.begin(), tops.end());
     refuse(!std::isfinite(top), "scales: a number that is not finite");
     if (top == 0) return 0;
     int exponent;
@@ -125,10 +131,23 @@ int exponent_of(Pool& pool, const Floats& scales, const Floats& mins, size_t cou
     return 15 - exponent;
 }
 
-// Nibbles of 8 columns c0..c7, c0 lowest -> c0 c4 c1 c5 c2 c6 c3 c7: byte i then holds column i low and column i + 4 high.
-inline uint32_t shuffle_nibbles(uint32_t x) {
+// Number i of a table times 2^up as f16.
+inline uint16_t stored_half(const Floats& table, size_t i, int up, float factor) {
+    if (table.half) {
+        const uint16_t h = static_cast<const uint16_t*>(table.data)[i];
+        const int field = (h >> 10) & 31;
+        if (field > 0 && field + up > 0) return static_cast<uint16_t>(h + (up << 10));  // a normal number that stays one
+        return float_to_half(half_to_float(h) * factor);
+    }
+    return float_to_half(static_cast<const float*>(table.data)[i] * factor);
+}
+
+typedef uint32_t words4 __attribute__((vector_size(16)));  // four words at a time
+
+// Of each word the nibbles of 8 columns c0..c7, c0 lowest -> c0 c4 c1 c5 c2 c6 c3 c7: byte i then holds column i low and i + 4 high.
+inline words4 shuffle_nibbles(words4 x) {
     // a perfect shuffle of the eight nibbles, in two exchanges
-    uint32_t t = (x ^ (x >> 8)) & 0x0000ff00u;
+    words4 t = (x ^ (x >> 8)) & 0x0000ff00u;
     x ^= t ^ (t << 8);
     t = (x ^ (x >> 4)) & 0x00f000f0u;
     return x ^ t ^ (t << 4);
@@ -136,10 +155,12 @@ inline uint32_t shuffle_nibbles(uint32_t x) {
 
 // Row r of a span: 8 (4) columns in each word, 16 words further each time. No source: zeros, for rows beyond the last.
 void pack_int4(uint32_t* to, const uint8_t* from, int width) {
-    for (int k = 0; k < width / 8; ++k, to += TILE) {
-        uint32_t word = 0x88888888u;
-        if (from) std::memcpy(&word, from + 4 * k, 4);
-        *to = shuffle_nibbles(word);
+    for (int k = 0; k < width / 8; k += 4) {
+        words4 four;
+        if (from) std::memcpy(&four, from + 4 * k, 16);
+        else four = words4{0x88888888u, 0x88888888u, 0x88888888u, 0x88888888u};
+        four = shuffle_nibbles(four);
+        for (int i = 0; i < 4; ++i) to[(k + i) * TILE] = four[i];
     }
 }
 
@@ -199,7 +220,7 @@ Linear pack_quant(Pool& pool, int rows, int columns, int bits, int group, const 
                         for (int r = 0; r < TILE; ++r) {
                             const bool there = r < filled && k < columns;
                             const size_t place = (row + static_cast<size_t>(r)) * static_cast<size_t>(groups) + static_cast<size_t>(k / group);
-                            *halves++ = there ? float_to_half(at(*table, place) * up) : 0;
+                            *halves++ = there ? stored_half(*table, place, exponent, up) : 0;
                         }
                     }
                 }
@@ -213,35 +234,38 @@ Linear pack_quant(Pool& pool, int rows, int columns, int bits, int group, const 
     return w;
 }
 
-Linear pack_f32(Pool& pool, int rows, int columns, const float* from) {
-    Linear w = layout(Kind::f32, rows, columns, 0);
+namespace {
+
+// f32 and bf16: tile by tile, and within it so few columns at a time that what is written stays in the first cache. `place` says where in
+// the tile column k of row r goes.
+template <class T, class Place>
+Linear pack_dense(Pool& pool, Kind kind, int rows, int columns, const T* from, Place place) {
+    Linear w = layout(kind, rows, columns, 0);
     pool.run([&](Worker& me) {
         for (int t = me.first(w.tiles); t < me.last(w.tiles); ++t) {
-            float* tile = reinterpret_cast<float*>(w.buffer.data + static_cast<size_t>(t) * w.tile_bytes);
-            for (int r = 0; r < TILE; ++r) {
-                const int n = t * TILE + r;
-                for (int k = 0; k < w.padded; ++k) tile[k * TILE + r] = n < rows && k < columns ? from[static_cast<size_t>(n) * columns + k] : 0;
+            T* tile = reinterpret_cast<T*>(w.buffer.data + static_cast<size_t>(t) * w.tile_bytes);
+            for (int slice = 0; slice < w.padded; slice += SLICE) {
+                const int there = least(SLICE, columns - slice);
+                for (int r = 0; r < TILE; ++r) {
+                    const int n = t * TILE + r, filled = n < rows ? there : 0;
+                    const T* source = from + static_cast<size_t>(n) * static_cast<size_t>(columns) + static_cast<size_t>(slice);
+                    for (int k = 0; k < filled; ++k) tile[place(slice + k, r)] = source[k];
+                    for (int k = filled; k < SLICE; ++k) tile[place(slice + k, r)] = 0;
+                }
             }
         }
     });
     return w;
 }
 
-Linear pack_bf16(Pool& pool, int rows, int columns, const uint16_t* from) {
-    Linear w = layout(Kind::bf16, rows, columns, 0);
-    pool.run([&](Worker& me) {
-        for (int t = me.first(w.tiles); t < me.last(w.tiles); ++t) {
-            uint16_t* tile = reinterpret_cast<uint16_t*>(w.buffer.data + static_cast<size_t>(t) * w.tile_bytes);
-            for (int r = 0; r < TILE; ++r) {
-                const int n = t * TILE + r;
-                for (int k = 0; k < w.padded; ++k) {
-                    // pairs of columns: [K / 2][16][2]
-                    tile[(k / 2 * TILE + r) * 2 + k % 2] = n < rows && k < columns ? from[static_cast<size_t>(n) * columns + k] : 0;
-                }
-            }
-        }
-    });
-    return w;
+}  // namespace
+
+Linear pack_f32(Pool& pool, int rows, int columns, const float* w) {
+    return pack_dense(pool, Kind::f32, rows, columns, w, [](int k, int r) { return k * TILE + r; });
+}
+
+Linear pack_bf16(Pool& pool, int rows, int columns, const uint16_t* w) {
+    return pack_dense(pool, Kind::bf16, rows, columns, w, [](int k, int r) { return (k / 2 * TILE + r) * 2 + k % 2; });
 }
 
 void unpack_row(const Linear& w, int n, float* out) {

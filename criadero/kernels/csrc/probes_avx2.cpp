@@ -9,11 +9,11 @@ namespace {
 uint64_t read(const uint8_t* p, size_t bytes) {
     __m256i sums[8];
     for (auto& sum : sums) sum = _mm256_setzero_si256();
-    for (const uint8_t* end = p + bytes; p < end; p += 1024) {
-#pragma GCC unroll 32
-        for (int i = 0; i < 32; ++i) {
+    for (const uint8_t* end = p + bytes; p < end; p += 256) {
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
             if (i % 2 == 0) _mm_prefetch((const char*)p + 4096 + 32 * i, _MM_HINT_NTA);
-            sums[i % 8] = _mm256_xor_si256(sums[i % 8], _mm256_loadu_si256((const __m256i*)(p + 32 * i)));
+            sums[i] = _mm256_xor_si256(sums[i], _mm256_loadu_si256((const __m256i*)(p + 32 * i)));
         }
     }
     uint64_t words[4], all = 0;

@@ -7,13 +7,14 @@ namespace criadero {
 namespace {
 
 uint64_t read(const uint8_t* p, size_t bytes) {
-    __m512i sums[8];
+    __m512i sums[4];
     for (auto& sum : sums) sum = _mm512_setzero_si512();
-    for (const uint8_t* end = p + bytes; p < end; p += 1024) {
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) {
+    // Four loads a turn: of sixteen, each 1 KiB from its last, the processor's own prefetching makes a third of this.
+    for (const uint8_t* end = p + bytes; p < end; p += 256) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
             _mm_prefetch((const char*)p + 4096 + 64 * i, _MM_HINT_NTA);
-            sums[i % 8] = _mm512_xor_si512(sums[i % 8], _mm512_loadu_si512(p + 64 * i));
+            sums[i] = _mm512_xor_si512(sums[i], _mm512_loadu_si512(p + 64 * i));
         }
     }
     uint64_t words[8], all = 0;
