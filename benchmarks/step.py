@@ -72,24 +72,26 @@ class Play:
         self.logits = np.empty((requests, self.vocab), np.float32)
         self.length = 0
 
-    def step(self, tokens: int) -> None:
-        """``tokens`` more of each request; logits of the last."""
+    def step(self, tokens: int) -> float:
+        """``tokens`` more of each request; logits of the last. Seconds of the call."""
         count = self.requests * tokens
         ids = np.random.default_rng(self.length).integers(0, self.vocab, count).astype(np.int32)
         positions = np.tile(np.arange(self.length, self.length + tokens, dtype=np.int32), self.requests)
         starts = np.arange(0, count + 1, tokens, dtype=np.int32)
         self.length += tokens
         lengths = np.full(self.requests, self.length, np.int32)
-        self.model.step(
-            self.cache, ids, positions, starts, lengths, self.tables, None, starts[1:] - 1, self.logits, None
-        )
+        rows = starts[1:] - 1
+        start = time.perf_counter()
+        self.model.step(self.cache, ids, positions, starts, lengths, self.tables, None, rows, self.logits, None)
+        return time.perf_counter() - start
 
 
 def report(name: str, model: Any, seconds: float, steps: int, tokens: int, size: int) -> None:
+    """``seconds`` is the median step's (prefill: the best of three); the parts are means, so that disturbances show in them."""
     parts = {part: spent / steps * 1e3 for part, spent in model.profile(False)}
     each = "  ".join(f"{part} {spent:.3f}" for part, spent in parts.items() if spent > 0)
-    print(f"{name}: {tokens / seconds:.0f} tokens/s, {seconds / steps * 1e3:.3f} ms a step", end="")
-    print(f", weights at {size * steps / seconds / 1e9:.1f} GB/s" if tokens // steps <= 16 else "")
+    print(f"{name}: {tokens / seconds:.0f} tokens/s, {seconds * 1e3:.3f} ms a step", end="")
+    print(f", weights at {size / seconds / 1e9:.1f} GB/s" if tokens <= 16 else "")
     print(f"    ms by part: {each}", flush=True)
 
 
@@ -119,9 +121,7 @@ def main() -> None:
         for _ in range(3):
             play.length = 0
             model.profile(not args.no_parts)
-            start = time.perf_counter()
-            play.step(args.prefill)
-            best = min(best, time.perf_counter() - start)
+            best = min(best, play.step(args.prefill))
         report(f"prefill {args.prefill}", model, best, 1, args.prefill, size)
     for requests in args.batch:
         play = Play(model, args.shape, args.kv, requests, args.context + args.steps + 8)
@@ -129,10 +129,8 @@ def main() -> None:
         for _ in range(4):
             play.step(1)
         model.profile(not args.no_parts)
-        start = time.perf_counter()
-        for _ in range(args.steps):
-            play.step(1)
-        report(f"decode batch {requests}", model, time.perf_counter() - start, args.steps, args.steps * requests, size)
+        took = [play.step(1) for _ in range(args.steps)]
+        report(f"decode batch {requests}", model, float(np.median(took)), args.steps, requests, size)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,15 @@ import pytest
 import torch
 
 from criadero.checkpoints import load_model, save_hf, write_gguf
+from criadero.checkpoints.ggml import FORMATS
+from criadero.checkpoints.ggml_quantised import repack
+from criadero.checkpoints.layout import to_rotate_half
 from criadero.checkpoints.packed import power_of_two, write_quantised
 from criadero.config import ModelConfig
 from criadero.engine.runner import PAGE, StepBatch, native_available
 from criadero.engine.torch_runner import TorchRunner
 from criadero.errors import UserError
+from criadero.kernels import native
 from criadero.lora import adapters, attach, save_adapter
 from criadero.model import Llama
 from criadero.quantization.rounding import round_matrix
@@ -140,22 +144,41 @@ def test_gguf_files_with_k_quants(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    kinds = {
-        (w.bits, w.group, w.mins is None)
-        for w in open_weights(tmp_path / "m.gguf")[1].values()
-        if not isinstance(w, np.ndarray)
-    }
-    assert kinds == {(4, 32, False), (8, 16, True)}
+    load = open_weights(tmp_path / "m.gguf")[1]
+    for slot, form in (("mlp.up", (4, 32, False)), ("mlp.down", (8, 16, True))):
+        weight = load(f"model.layers.0.{slot}_proj.weight")
+        assert (weight.bits, weight.group, weight.mins is None) == form
     check(tmp_path / "m.gguf", 3e-2)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q4_K", "Q6_K"])
+def test_ggml_blocks_are_unpacked_as_the_twin_does(kind: str) -> None:
+    rows, columns = 24, 512
+    random = np.random.default_rng(1)
+    blocks = columns // FORMATS[kind].block
+    raw = random.integers(0, 256, (rows * blocks, FORMATS[kind].size), dtype=np.uint8)
+    for offset in {"Q6_K": [208], "Q4_K": [0, 2]}.get(kind, [0]):
+        raw[:, offset : offset + 2] = random.standard_normal((len(raw), 1)).astype(np.float16).view(np.uint8)
+    for heads in (0, 4):
+        q, scales, mins = native().repack_ggml(kind, raw.reshape(-1), rows, columns, heads, 2)
+        wanted = repack(raw, kind, rows, columns)
+        if heads:
+            wanted = wanted.rows(to_rotate_half(torch.arange(rows)[:, None], heads)[:, 0].numpy())
+        for got, want in ((q, wanted.q), (scales, wanted.scales), (mins, wanted.mins)):
+            assert (got is None and want is None) or (got.dtype == want.dtype and np.array_equal(got, want))
+    for wrong in ((kind, raw.reshape(-1)[1:], rows, columns, 0), ("Q5_K", raw.reshape(-1), rows, columns, 0),
+                  (kind, raw.reshape(-1), rows, columns, 5), (kind, raw.reshape(-1), rows, 30, 0)):  # fmt: skip
+        with pytest.raises(ValueError, match=r"needed|known|heads|blocks"):
+            native().repack_ggml(*wrong, 1)
 
 
 @pytest.mark.parametrize(("weights", "most"), [("f32", 1e-5), ("bf16", 1e-2), ("int8", 2e-2), ("int4", 3e-2)])
 def test_weights_are_converted(folder: Path, weights: str, most: float) -> None:
-    state = open_weights(folder)[1]
+    load = open_weights(folder)[1]
     twin = load_model(folder, dtype=torch.float32)
     for name, parameter in twin.named_parameters():
         if parameter.ndim == 2 and "embed" not in name:
-            form = converted(state[name], weights)
+            form = converted(load(name), weights)
             values = form.dequantise() if not isinstance(form, np.ndarray) else None
             if values is not None:
                 parameter.data.copy_(torch.from_numpy(values))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from criadero.kernels import level, native, pack, physical_cores
 from criadero.kernels.formats import QuantTensor, describe
 
 Weight = QuantTensor | np.ndarray  # an array: float32, float16, or uint16 that holds the bits of bfloat16
+Load = Callable[[str], Weight]  # by Hugging Face's name of the tensor; once each
 WEIGHTS = {
     "auto": "auto", "float32": "f32", "f32": "f32", "bfloat16": "bf16", "bf16": "bf16", "int8": "int8", "int4": "int4",
 }  # fmt: skip
@@ -78,7 +79,7 @@ class NativeRunner:
             own = read_adapter(path, self, base)[0]
         self._model = _new_model(self.config, self.threads)
         kinds, self._own = _fill(
-            self._model, self.config, open_weights(base or path)[1], WEIGHTS[weights], own, self.threads
+            self._model, self.config, open_weights(base or path, self.threads)[1], WEIGHTS[weights], own, self.threads
         )
         self.name = f"native {level()} {kinds.most_common(1)[0][0]}"
         kind = KV[kv]
@@ -175,36 +176,41 @@ def _new_cache(config: ModelConfig, pages: int, page: int, kind: str) -> Any:
 
 
 def _fill(
-    model: Any, config: ModelConfig, weights: dict[str, Weight], form: str, own: AdapterTensors, threads: int
+    model: Any, config: ModelConfig, load: Load, form: str, own: AdapterTensors, threads: int
 ) -> tuple[Counter[str], AdapterTensors]:
-    """Put every tensor into the model, leaving ``weights`` empty.
+    """Put every tensor into the model, one after the other.
 
     Formats of the layers' matrices, counted in weights, and what of the adapter ``own`` was not merged (where the base is quantised).
     """
     kinds: Counter[str] = Counter()
     rest: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]] = {}
 
-    def packed(weight: Weight) -> Any:
+    def packed(name: str, weight: Weight) -> Any:
         weight = converted(weight, form)
         kind = describe(weight) if isinstance(weight, QuantTensor) else "bf16" if weight.dtype == np.uint16 else "f32"
         kinds[kind] += weight.shape[0] * weight.shape[1]
-        made = pack(weight, threads)
+        try:
+            made = pack(weight, threads)
+        except ValueError as error:
+            raise UserError(f"tensor {name} cannot be used by the native runner: {error}") from None
         _forget(weight)
         return made
 
     frequencies, factor = rope_frequencies(config)
     model.set_rope(frequencies.numpy(), factor)
-    for name, _ in expected_shapes(config):
-        weight = weights.pop(name)
+    # the output matrix, the largest, first: while there is little else, there is room for it twice
+    names = sorted((name for name, _ in expected_shapes(config)), key=lambda name: name != "lm_head.weight")
+    for name in names:
+        weight = load(name)
         if name == "model.embed_tokens.weight":
             if config.tie_word_embeddings:
-                head = packed(weight)
+                head = packed(name, weight)
                 model.set_head(head)
                 model.set_embedding_linear(head)
             else:
                 _set_embedding(model, weight)
         elif name == "lm_head.weight":
-            model.set_head(packed(weight))
+            model.set_head(packed(name, weight))
         elif name == "model.norm.weight":
             model.set_norm(0, "final", _floats(weight))
         else:
@@ -218,7 +224,10 @@ def _fill(
                 weight = _merged(weight, *own[key])
             elif key in own:
                 rest[key] = own[key]
-            model.set_linear(*key, packed(weight))
+            model.set_linear(*key, packed(name, weight))
+            if inner == "mlp.down_proj":
+                native().give_back_memory()  # type: ignore[union-attr]
+    native().give_back_memory()  # type: ignore[union-attr]
     return kinds, rest
 
 
@@ -293,23 +302,56 @@ def _forget(weight: Weight) -> None:
 # --- files ---
 
 
-def open_weights(path: Path) -> tuple[ModelConfig, dict[str, Weight]]:
-    """Configuration and weights by Hugging Face's names, mapped from the file where they lie there in a form that can be used."""
+def open_weights(path: Path, threads: int = 1) -> tuple[ModelConfig, Load]:
+    """Configuration, and a function from Hugging Face's name of a tensor to its weights, which are read when it is called."""
     from criadero.checkpoints import _place, packed
-    from criadero.checkpoints.gguf import read_gguf_quantised
     from criadero.checkpoints.meta import is_meta_folder, read_meta
 
     path = _place(path)
     if path.is_file():
-        config, weights, _ = read_gguf_quantised(path)
-        return config, weights
+        return _open_gguf(path, threads)
     if is_meta_folder(path):
         config, state = read_meta(path)
-        return config, dict(_arrays(state))
+        return config, dict(_arrays(state)).pop
     if packed.is_quantised(path):
-        return packed.read_quantised(path)
+        config, weights = packed.read_quantised(path)
+        return config, weights.pop
     config = load_config(path)
-    return config, map_folder(path, config)
+    return config, map_folder(path, config).pop
+
+
+def _open_gguf(path: Path, threads: int) -> tuple[ModelConfig, Load]:
+    """The tensors of a GGUF file, unpacked from the mapped file by all threads; see `criadero.checkpoints.ggml_quantised`."""
+    from criadero.checkpoints.ggml_quantised import KEPT
+    from criadero.checkpoints.gguf import _reorder, gguf_name, hf_name, read_gguf_config
+    from criadero.checkpoints.gguf_file import read_header, read_tensor
+    from criadero.checkpoints.layout import to_rotate_half
+
+    header = read_header(path)
+    config = read_gguf_config(header)
+    if not header.tensors:
+        raise UserError(f"{path}: holds a vocabulary only, no model")
+    shapes = {hf_name(name): info.shape for name, info in header.tensors.items() if name != "rope_freqs.weight"}
+    check_shapes(config, shapes, str(path))
+    whole = np.memmap(path, np.uint8, "r")
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+
+    def load(name: str) -> Weight:
+        info = header.tensors[gguf_name(name)]
+        if info.kind not in KEPT or len(info.shape) != 2:
+            plain = _reorder(name, config, to_rotate_half, read_tensor(header, info.name))
+            if not torch.isfinite(plain).all():
+                raise UserError(f"{path}: tensor {info.name!r} holds values that are not finite; get the file again")
+            return next(_arrays({name: plain}))[1]
+        raw, order = whole[info.offset : info.offset + info.size], heads.get(name.split(".")[-2], 0)
+        q, scales, mins = native().repack_ggml(info.kind, raw, *info.shape, order, threads)  # type: ignore[union-attr]
+        _forget(raw)
+        if not (np.isfinite(scales).all() and (mins is None or np.isfinite(mins).all())):
+            raise UserError(f"{path}: tensor {info.name!r} holds values that are not finite; get the file again")
+        form = (4, 32) if info.kind in ("Q4_0", "Q4_K") else (8, 16 if info.kind == "Q6_K" else 32)
+        return QuantTensor(*form, q, scales, mins)
+
+    return config, load
 
 
 def map_folder(folder: Path, config: ModelConfig) -> dict[str, Weight]:

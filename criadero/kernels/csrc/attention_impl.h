@@ -2,8 +2,8 @@
 //
 // Each (token, query head) is a row; rows that read the same key-value head share every load of it. A row's result is, whatever else is
 // computed with it: for each segment of SEGMENT positions, from position 0, scores = the sum over head_dim from left to right (one lane a
-// key), their maximum, p = 2^(score - maximum), the sum of p over keys, lane by lane, and the sum of p * value over keys from left to
-// right; then the segments merged from left to right. Tiles of rows and chunks of keys only say which of these sums run side by side.
+// key), their maximum, p = 2^(score - maximum), the sum of p over keys, lane by lane, and the sum of p * value over each CHUNK of keys from
+// left to right, the chunks then added up; and at last the segments merged from left to right. Tiles of rows and chunks of keys only say which of these sums run side by side.
 // Online softmax: arXiv 1805.02867; in segments: arXiv 2205.14135.
 #pragma once
 #include "ops.h"
@@ -14,7 +14,7 @@ namespace {
 
 constexpr int U = UNIT / W;                // vectors in a unit of positions
 constexpr int S_STRIDE = SEGMENT + UNIT;   // not a power of two: rows of scores must not fall on the same cache sets
-constexpr int CHUNK = 64;                  // positions converted to f32 at a time, when many rows use them
+constexpr int CHUNK = 64;                  // positions whose values are summed up at a time; and converted to f32, when many rows use them
 #if VEC_AVX512
 constexpr int ACCUMULATORS = 16, TILE_ROWS = 8;
 #elif VEC_NEON
@@ -66,14 +66,14 @@ inline void score_units(const float* q, int head_dim, const typename K::T* const
     }
 }
 
-// acc[r][..N vectors] (+)= sum over keys t < count of p[r][t] * v[t / UNIT][(t % UNIT) * padded ..]
+// acc[r][..N vectors] = (fresh ? 0 : acc) + the sum over keys t < count <= CHUNK of p[r][t] * v[t / UNIT][(t % UNIT) * padded ..]
 template <class V, int R, int N>
 inline void value_tile(const float* p, const typename V::T* const* v, int column, int padded, int count, bool fresh, float* acc) {
     vf sums[R][N];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) sums[r][n] = fresh ? zero() : load(acc + r * padded + column + n * W);
+        for (int n = 0; n < N; ++n) sums[r][n] = zero();
     for (int first = 0; first < count; first += UNIT) {
         const typename V::T* row = v[first / UNIT] + column;
         const int last = least(first + UNIT, count);
@@ -90,9 +90,11 @@ inline void value_tile(const float* p, const typename V::T* const* v, int column
         }
     }
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r) {
+        float* to = acc + r * padded + column;
 #pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) store(acc + r * padded + column + n * W, sums[r][n]);
+        for (int n = 0; n < N; ++n) store(to + n * W, fresh ? sums[r][n] : add(load(to + n * W), sums[r][n]));
+    }
 }
 
 template <class V, int R, int N = vectors_for(R)>
@@ -100,6 +102,70 @@ inline void value_columns(const float* p, const typename V::T* const* v, int col
     for (; column + N * W <= padded; column += N * W) value_tile<V, R, N>(p, v, column, padded, count, fresh, acc);
     if constexpr (N > 1) {
         if (column < padded) value_columns<V, R, N / 2>(p, v, column, padded, count, fresh, acc);
+    }
+}
+
+// The same sums of one row, N vectors wide, for P whole chunks at once: alone, each of them would wait for its own last addition.
+template <class V, int N, int P>
+inline void value_chunks(const float* p, const typename V::T* const* v, int padded, bool fresh, float* acc) {
+    vf sums[P][N];
+#pragma GCC unroll 16
+    for (int i = 0; i < P; ++i)
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) sums[i][n] = zero();
+    for (int unit = 0; unit < CHUNK / UNIT; ++unit) {
+        for (int t = 0; t < UNIT; ++t) {
+#pragma GCC unroll 16
+            for (int i = 0; i < P; ++i) {
+                const vf one = set1(p[i * CHUNK + unit * UNIT + t]);
+                const typename V::T* row = v[i * (CHUNK / UNIT) + unit] + (size_t)t * padded;
+#pragma GCC unroll 16
+                for (int n = 0; n < N; ++n) sums[i][n] = fma(one, V::get(row + n * W), sums[i][n]);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) {
+        vf all = fresh ? sums[0][n] : add(load(acc + n * W), sums[0][n]);
+#pragma GCC unroll 16
+        for (int i = 1; i < P; ++i) all = add(all, sums[i][n]);
+        store(acc + n * W, all);
+    }
+}
+
+template <class V, int N>
+inline void value_row(const float* p, const typename V::T* const* v, int padded, int count, bool fresh, float* acc) {
+    constexpr int P = ACCUMULATORS / N < 1 ? 1 : ACCUMULATORS / N > 4 ? 4 : ACCUMULATORS / N;
+    constexpr int UNITS = CHUNK / UNIT;
+    int chunk = 0;
+    for (; (chunk + P) * CHUNK <= count; chunk += P) {
+        value_chunks<V, N, P>(p + chunk * CHUNK, v + chunk * UNITS, padded, fresh && chunk == 0, acc);
+    }
+    if constexpr (P > 2) {
+        for (; (chunk + 2) * CHUNK <= count; chunk += 2) {
+            value_chunks<V, N, 2>(p + chunk * CHUNK, v + chunk * UNITS, padded, fresh && chunk == 0, acc);
+        }
+    }
+    for (; chunk * CHUNK < count; ++chunk) {
+        value_tile<V, 1, N>(p + chunk * CHUNK, v + chunk * UNITS, 0, padded, least(CHUNK, count - chunk * CHUNK), fresh && chunk == 0, acc);
+    }
+}
+
+// The values' part of a segment, for a tile of rows
+template <class V, int R>
+inline void value_rows(const float* p, const typename V::T* const* v, int padded, int count, bool fresh, float* acc) {
+    if constexpr (R == 1) {
+        switch (padded / W) {
+            case 1: return value_row<V, 1>(p, v, padded, count, fresh, acc);
+            case 2: return value_row<V, 2>(p, v, padded, count, fresh, acc);
+            case 3: return value_row<V, 3>(p, v, padded, count, fresh, acc);
+            case 4: return value_row<V, 4>(p, v, padded, count, fresh, acc);
+            case 6: return value_row<V, 6>(p, v, padded, count, fresh, acc);
+            default: break;  // wide enough to keep the adders busy as it is
+        }
+    }
+    for (int t = 0; t < count; t += CHUNK) {
+        value_columns<V, R>(p + t, v + t / UNIT, 0, padded, least(CHUNK, count - t), fresh && t == 0, acc);
     }
 }
 
@@ -168,7 +234,7 @@ struct ValueRows {
     void operator()(int row) const {
         const int seen = visible[row + R - 1] - unit * UNIT;
         if (seen > 0) {
-            value_columns<V, R>(p + row * S_STRIDE + unit * UNIT, v, 0, padded, least(units * UNIT, seen), unit == 0, acc + row * padded);
+            value_rows<V, R>(p + row * S_STRIDE + unit * UNIT, v, padded, least(units * UNIT, seen), unit == 0, acc + row * padded);
         }
     }
 };
@@ -217,7 +283,7 @@ inline void attend_as(const KvLayer& kv, const AttendTask& task, const AttendRoo
     const bool convert = sizeof(T) < 4 && task.rows >= 2 * TILE_ROWS;
     for (int segment = task.first_segment; segment < task.last_segment; ++segment) {
         const int start = segment * SEGMENT;
-        int visible[ROWS];
+        int visible[ROWS] = {0};
         for (int r = 0; r < task.rows; ++r) {
             visible[r] = most(0, least(SEGMENT, task.position + (task.first_row + r) / task.group + 1 - start));
         }
@@ -235,7 +301,7 @@ inline void attend_as(const KvLayer& kv, const AttendTask& task, const AttendRoo
                 memcpy(value_scale + u * UNIT, kv.value_scales + block * kv.page + offset, UNIT * sizeof(float));
             }
         }
-        const int step = convert || sizeof(T) == 4 ? CHUNK / UNIT : SEGMENT / UNIT;
+        const int step = task.rows >= 2 * TILE_ROWS ? CHUNK / UNIT : SEGMENT / UNIT;  // many rows: keys stay in the first-level cache
         for (int u = 0; u < units; u += step) {
             const int here = least(step, units - u);
             if (convert) {  // exact: the same numbers as converted in the tile

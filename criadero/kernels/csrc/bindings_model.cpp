@@ -5,11 +5,16 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
 #include <optional>
 #include <stdexcept>
 #include <string>
 
 #include "bindings.h"
+#include "ggml.h"
 #include "step.h"
 
 namespace nb = nanobind;
@@ -117,9 +122,49 @@ void step(Model& model, Cache& cache, const Ints1& ids, const Ints1& positions, 
     model.step(cache, in);
 }
 
+template <class T>
+nb::ndarray<nb::numpy> new_array(size_t rows, size_t columns, nb::dlpack::dtype type) {
+    T* data = new T[rows * columns];
+    nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
+    const size_t shape[2] = {rows, columns};
+    return nb::ndarray<nb::numpy>(data, 2, shape, owner, nullptr, type);
+}
+
+// (q, scales, mins or None) of a QuantTensor
+nb::tuple repack(const std::string& kind, const Array& raw, int rows, int columns, int heads, int threads) {
+    const GgmlFormat format = ggml_format(kind);
+    refuse(rows < 1 || columns < 1 || columns % format.block, kind + ": " + std::to_string(columns) + " columns are no whole blocks");
+    const size_t n = static_cast<size_t>(rows), k = static_cast<size_t>(columns), groups = k / static_cast<size_t>(format.group);
+    const size_t needed = n * (k / static_cast<size_t>(format.block)) * static_cast<size_t>(format.size);
+    refuse(!is(raw, nb::dlpack::dtype_code::UInt, 8) || raw.ndim() != 1 || raw.shape(0) != needed, "raw: " + std::to_string(needed) + " bytes are needed");
+    const nb::dlpack::dtype half = {static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
+    auto q = format.bits == 4 ? new_array<uint8_t>(n, k / 2, nb::dtype<uint8_t>()) : new_array<uint8_t>(n, k, nb::dtype<int8_t>());
+    auto scales = format.wide ? new_array<float>(n, groups, nb::dtype<float>()) : new_array<uint16_t>(n, groups, half);
+    nb::object mins = nb::none();
+    float* least = nullptr;
+    if (format.mins) {
+        auto made = new_array<float>(n, groups, nb::dtype<float>());
+        least = static_cast<float*>(made.data());
+        mins = nb::cast(made);
+    }
+    {
+        nb::gil_scoped_release release;
+        repack_ggml(shared_pool(threads), kind, static_cast<const uint8_t*>(raw.data()), rows, columns, heads, static_cast<uint8_t*>(q.data()),
+                    scales.data(), least);
+    }
+    return nb::make_tuple(q, scales, mins);
+}
+
 }  // namespace
 
 void bind_model(nb::module_& m) {
+    m.def("repack_ggml", &repack, "kind"_a, "raw"_a.noconvert(), "rows"_a, "columns"_a, "heads"_a, "threads"_a,
+          "GGUF's blocks -> (q, scales, mins or None) of a QuantTensor; see csrc/ggml.h.");
+    m.def("give_back_memory", [] {
+#if defined(__GLIBC__)
+        malloc_trim(0);  // what was freed between the packed matrices would stay ours
+#endif
+    });
     nb::class_<Cache>(m, "Cache", "Keys and values in pages; see csrc/cache.h.")
         .def("__init__",
              [](Cache* self, int layers, int pages, int page, int kv_heads, int head_dim, const std::string& type) {
