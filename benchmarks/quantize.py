@@ -5,13 +5,15 @@
 MODEL is a bundled name, a folder, or ``stories260K``: the public weights of llama2.c under ``$CRIADERO_SHARED/data``. Only the layers
 are quantised, so that the rows compare; the last rows do the tables too, as `criadero quantize` does. "rise" is against the
 model as it is, with the standard error over rows of text: both were measured on the same rows, so that it is far smaller
-than the loss's own. Q4_0 and Q8_0 are llama.cpp's rounding, by our bit-for-bit copy of ggml's.
+than the loss's own. "KL" is the divergence from the model as it is, in nats a token, which chance moves less. Q4_0 and Q8_0 are
+llama.cpp's rounding, by our bit-for-bit copy of ggml's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -30,7 +32,7 @@ from criadero.data.documents import read_rows
 from criadero.errors import UserError
 from criadero.kernels.formats import QuantTensor
 from criadero.quantization.gptq import gptq
-from criadero.quantization.layers import HEAD, TABLE, count, measure, wide
+from criadero.quantization.layers import HEAD, TABLE, count, head_of, last_states, wide
 from criadero.quantization.mixed import choose, cost, sensitivity
 from criadero.quantization.rounding import round_matrix
 from criadero.quantization.text import flat, read_text
@@ -71,9 +73,27 @@ def singles(batches: list[Batch]) -> list[Batch]:
     ]  # fmt: skip
 
 
+@torch.no_grad()
+def compare(
+    hidden: list[torch.Tensor],
+    head: torch.Tensor,
+    hidden0: list[torch.Tensor],
+    head0: torch.Tensor,
+    batches: list[Batch],
+) -> list[tuple[float, float]]:
+    """Of each batch: the summed loss, and the summed divergence from what ``hidden0`` and ``head0`` say."""
+    out = []
+    for x, x0, batch in zip(hidden, hidden0, batches, strict=True):
+        real = batch.targets >= 0
+        one, two = (torch.log_softmax(h[real] @ w.t(), -1) for h, w in ((x, head), (x0, head0)))  # [n, V]
+        loss = -one.gather(1, batch.targets[real][:, None]).sum()
+        out.append((float(loss), float((two.exp() * (two - one)).sum())))
+    return out
+
+
 def bits(state: Mapping[str, Any], names: list[str], *, plain: float = 16) -> float:
     """Bits a weight of the layers' matrices, scales counted."""
-    total = sum(wide(state[name]).numel() for name in names)
+    total = sum(math.prod(state[name].shape) for name in names)
     spent = 0.0
     for name in names:
         one = state[name]
@@ -110,7 +130,9 @@ def run(ref: str | Path, source: str | Path, options: argparse.Namespace) -> Non
     held = singles(flat(text.held_out))
     n = count(held)
     names = [name for name in state if name.endswith("_proj.weight")]
-    before = measure(state, config, held)
+    head = head_of(state)
+    start_states = last_states(state, config, held)
+    before = [loss for loss, _ in compare(start_states, head, start_states, head, held)]
     rows: list[dict[str, Any]] = []
 
     def schemes(number: int, group: int) -> dict[str, tuple[int, int]]:
@@ -122,17 +144,19 @@ def run(ref: str | Path, source: str | Path, options: argparse.Namespace) -> Non
         start = time.perf_counter()
         changed = make()
         seconds = time.perf_counter() - start
-        after = measure(changed, config, held)
+        found = compare(last_states(changed, config, held), head_of(changed), start_states, head, held)
+        after = [loss for loss, _ in found]
         differences = [two - one for one, two in zip(before, after, strict=True)]
         error = statistics.stdev(differences) * len(differences) ** 0.5 / n if len(differences) > 1 else 0.0
         row = {
             "what": label, "bits": bits(changed, names, plain=plain), "loss": sum(after) / n, "rise": sum(differences) / n,
-            "error": error, "seconds": seconds,
+            "error": error, "kl": sum(kl for _, kl in found) / n, "seconds": seconds,
         }  # fmt: skip
         rows.append(row)
         if not options.json:
             print(
-                f"{label:<22} {row['bits']:>6.3f} {row['loss']:>9.5f} {row['rise']:>+9.5f} ±{error:.5f} {seconds:>7.1f} s",
+                f"{label:<22} {row['bits']:>6.3f} {row['loss']:>9.5f} {row['rise']:>+9.5f} ±{error:.5f} "
+                f"{row['kl']:>8.5f} {seconds:>7.1f} s",
                 flush=True,
             )
 
@@ -160,7 +184,7 @@ def run(ref: str | Path, source: str | Path, options: argparse.Namespace) -> Non
         print(
             f"{options.model}: {config.parameters():,} weights; {n:,} held-out tokens, {options.calibration_tokens:,} to calibrate on"
         )
-        print(f"{'layers as':<22} {'bits':>6} {'loss':>9} {'rise':>9} {'':>8} {'time':>9}")
+        print(f"{'layers as':<22} {'bits':>6} {'loss':>9} {'rise':>9} {'':>8} {'KL':>8} {'time':>9}")
     report("as it is", lambda: state)
     whole = all(state[name].shape[1] % 32 == 0 for name in names)
     if whole:
@@ -174,8 +198,10 @@ def run(ref: str | Path, source: str | Path, options: argparse.Namespace) -> Non
         label = f"g{group}" if group else "row"
         report(f"int4 {label} rtn", lambda group=group: rounded(4, group))  # type: ignore[misc]
         report(f"int4 {label} gptq", lambda group=group: calibrated(schemes(4, group)))  # type: ignore[misc]
-    least = sum(cost(one, state[name].shape[1]) * state[name].numel() for name, one in schemes(4, 32).items())
-    least /= sum(state[name].numel() for name in names)
+    sizes = {name: math.prod(state[name].shape) for name in names}
+    least = sum(cost(one, state[name].shape[1]) * sizes[name] for name, one in schemes(4, 32).items()) / sum(
+        sizes.values()
+    )
     for more in (0.5, 1.0):
         report(f"mixed gptq +{more:g} bits", lambda more=more: mixed(least + more))  # type: ignore[misc]
     if config.hidden_size % 32 == 0:

@@ -98,13 +98,16 @@ def forward(block: Block, rows: Rows, x: Tensor) -> Tensor:
     return block(x, rows.cos, rows.sin, rows.attend)
 
 
+def normed(x: Tensor, norm: Tensor, eps: float) -> Tensor:
+    """The last norm: x ``[B, T, D]``."""
+    return norm * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
+
+
 def losses(rows: Sequence[Rows], xs: Sequence[Tensor], norm: Tensor, head: Tensor, eps: float) -> list[float]:
     """The summed loss of each batch in nats, from the hidden states after the last layer."""
-    out = []
-    for row, x in zip(rows, xs, strict=True):
-        hidden = norm * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
-        out.append(float(cross_entropy_sum(hidden, head, row.batch.targets)))
-    return out
+    return [
+        float(cross_entropy_sum(normed(x, norm, eps), head, row.batch.targets)) for row, x in zip(rows, xs, strict=True)
+    ]
 
 
 def count(batches: Sequence[Batch]) -> int:
@@ -117,10 +120,10 @@ def head_of(state: State) -> Tensor:
 
 
 @torch.no_grad()
-def measure(
+def last_states(
     state: State, config: ModelConfig, batches: Sequence[Batch], tick: Callable[[], None] = lambda: None
-) -> list[float]:
-    """The summed loss of each batch. ``tick`` is called after each layer."""
+) -> list[Tensor]:
+    """What the output matrix gets: ``[B, T, D]`` of each batch. ``tick`` is called after each layer."""
     rows = embed(batches, state, config)
     block = empty_block(config)
     for layer in range(config.num_hidden_layers):
@@ -128,4 +131,14 @@ def measure(
         for row in rows:
             row.x = forward(block, row, row.x)
         tick()
-    return losses(rows, [row.x for row in rows], wide(state[NORM]), head_of(state), config.rms_norm_eps)
+    return [normed(row.x, wide(state[NORM]), config.rms_norm_eps) for row in rows]
+
+
+@torch.no_grad()
+def measure(
+    state: State, config: ModelConfig, batches: Sequence[Batch], tick: Callable[[], None] = lambda: None
+) -> list[float]:
+    """The summed loss of each batch in nats."""
+    head = head_of(state)
+    hidden = last_states(state, config, batches, tick)
+    return [float(cross_entropy_sum(x, head, batch.targets)) for x, batch in zip(hidden, batches, strict=True)]
