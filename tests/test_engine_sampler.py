@@ -112,7 +112,7 @@ def test_draws_follow_the_distribution(fields: dict[str, Any]) -> None:
     assert chi_square < 25  # five degrees of freedom at most: exceeded with p < 0.0002, and the seed is fixed
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 10**6), vocab=st.sampled_from([1, 2, 7, 50, 3000]), spread=st.sampled_from([0.0, 0.1, 3.0, 30.0]),
     temperature=st.sampled_from([0.05, 0.7, 1.0, 5.0, 100.0]), top_k=st.sampled_from([0, 1, 5, 20, 2999]),
@@ -141,7 +141,7 @@ def test_the_filters_equal_transformers(
         seen, vocab=vocab, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition
     )
     got = probabilities(one, scores)
-    differ = (got > 0) != (reference > 0)
+    differ = (got > 1e-30) != (reference > 1e-30)  # below, float32 has no exp
     # at the mark itself (equal logits, or a sum that rounds to p) either may stop one earlier
     edge = max(got[differ].max(initial=0.0), reference[differ].max(initial=0.0))
     assert differ.sum() <= (2 if spread else vocab)

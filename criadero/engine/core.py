@@ -10,16 +10,15 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from criadero.engine.adapters import Adapters
 from criadero.engine.cache import Pages, salt
 from criadero.engine.grammar import Grammars
-from criadero.engine.request import FinishReason, Output, Request, TokenLogprob, Usage
+from criadero.engine.request import FinishReason, Output, Request, SamplingParams, TokenLogprob, Usage
 from criadero.engine.runner import NO_ADAPTER, Runner, StepBatch
-from criadero.engine.sampler import BadLogits, Sampler, logprob_of
+from criadero.engine.sampler import BadLogits, Matcher, Sampler, logprob_of
 from criadero.engine.scheduler import Scheduler, Sequence
 from criadero.engine.speculate import Speculator, verify
 from criadero.engine.text import TextStream
@@ -58,20 +57,19 @@ class Engine:
         self.scheduler = Scheduler(self.pages, sequences=sequences, chunk=chunk)
         self.steps = 0
         self._grammars: Grammars | None = None
+        self._grammars_lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._groups: dict[int, _Group] = {}
         self._lock = threading.RLock()
         self._inbox: deque[Callable[[], None]] = deque()  # what other threads want done between two steps
         self._ready: list[Output] = []  # outputs that no step's batch gives: cancellations
-        self._checks = threading.Lock()
 
     # --- from any thread ---
 
     def add(self, request: Request) -> int:
         """Check ``request`` and put it in line; its id. UserError says what is wrong with it."""
-        with self._checks:
-            number = next(self._numbers)
-            sequences = self._sequences(number, request)
+        number = next(self._numbers)
+        sequences = self._sequences(number, request)
         group = _Group(request, Usage(prompt=len(request.prompt)), list(sequences), list(sequences[1:]))
 
         def begin() -> None:
@@ -134,8 +132,11 @@ class Engine:
         """The samples of a request, checked. Holds its adapter, as the last thing that can fail."""
         config, params, prompt = self.config, request.params, request.prompt
         context = config.max_position_embeddings
-        if not prompt:
+        if len(prompt) == 0:
             raise UserError("the prompt is empty; give at least one token")
+        for token in prompt:
+            if not isinstance(token, int | np.integer) or isinstance(token, bool):
+                raise UserError(f"the prompt holds {token!r:.40}, which is no token id")
         tokens = list(map(int, prompt))
         if not 0 <= min(tokens) <= max(tokens) < config.vocab_size:
             bad = next(id for id in tokens if not 0 <= id < config.vocab_size)
@@ -156,13 +157,7 @@ class Engine:
                 f"a prompt of {len(tokens)} and an answer of at most {limit - len(tokens)} tokens do not fit the cache of {room} "
                 "tokens; lower max_tokens, or give the cache more memory"
             )
-        structure = params.structure
-        if structure and self._grammars is None:
-            assert self.tokenizer is not None
-            self._grammars = Grammars(self.tokenizer, config.vocab_size, self.end_ids)
-        matchers = [
-            self._grammars.matcher(*structure) if structure and self._grammars else None for _ in range(params.n)
-        ]
+        matchers = self._matchers(params) if params.structure else [None] * params.n
         ends = frozenset(params.stop_ids) | (frozenset() if params.ignore_eos else self.end_ids)
         banned = ends if params.min_tokens else ()
         adapter, identity = self.adapters.hold(request.adapter)
@@ -182,6 +177,14 @@ class Engine:
             one.sampler, one.text = (None, None) if request.pooling else (sampler, text)
             made.append(one)
         return made
+
+    def _matchers(self, params: SamplingParams) -> list[Matcher | None]:
+        assert self.tokenizer is not None
+        assert params.structure is not None
+        with self._grammars_lock:
+            if self._grammars is None:
+                self._grammars = Grammars(self.tokenizer, self.config.vocab_size, self.end_ids)
+        return [self._grammars.matcher(*params.structure) for _ in range(params.n)]
 
     # --- a step ---
 
@@ -434,6 +437,3 @@ def run(engine: Engine, requests: Iterable[Request]) -> list[list[Output]]:
             if output.id in found:
                 found[output.id].append(output)
     return [found[id] for id in ids]
-
-
-__all__: list[Any] = ["Engine", "run"]

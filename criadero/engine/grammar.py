@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -55,17 +56,21 @@ class Grammars:
         self._vocab = vocab
         self._limits = llguidance.LLParserLimits(**_LIMITS)
         self._compiled: OrderedDict[tuple[str, str], Any] = OrderedDict()
+        self._lock = threading.Lock()
 
     def matcher(self, kind: str, source: str) -> GrammarMatcher:
         """A fresh state of the grammar ``source``. UserError when it is too large, is none, or nothing could match it."""
         key = (kind, source)
-        compiled = self._compiled.get(key)
+        with self._lock:
+            compiled = self._compiled.get(key)
         if compiled is None:
-            compiled = self._compile(kind, source)
+            compiled = self._compile(kind, source)  # a slow one holds up nobody else
+        with self._lock:
             self._compiled[key] = compiled
+            self._compiled.move_to_end(key)
             while len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
-        return GrammarMatcher(compiled.deep_copy(), self._vocab)
+            return GrammarMatcher(compiled.deep_copy(), self._vocab)
 
     def _compile(self, kind: str, source: str) -> Any:
         check_size(kind, source)

@@ -13,7 +13,7 @@ import numpy as np
 
 from criadero.artifact import Artifact, resolve
 from criadero.chat import Message, Template, render
-from criadero.checkpoints import ADAPTER, template_of, tokenizer_of
+from criadero.checkpoints import ADAPTER, load_config, template_of, tokenizer_of
 from criadero.engine.adapters import Adapters
 from criadero.engine.core import Engine
 from criadero.engine.request import FinishReason, Output, Request, SamplingParams, TokenLogprob, Usage, sampling_params
@@ -163,16 +163,17 @@ class LLM:
         """
         self.path = resolve(ref)
         self.tokenizer: Tokenizer = tokenizer_of(self.path)
+        config = load_config(self.path)
+        if self.tokenizer.vocab_size > config.vocab_size:
+            raise UserError(
+                f"{self.path}: its tokenizer has {self.tokenizer.vocab_size} tokens but the model {config.vocab_size} "
+                "embeddings: the two do not belong together"
+            )
         options: dict[str, Any] = {"runner": runner, "threads": threads, "device": device, "sequences": sequences}
         self.runner: Runner = make_runner(
             self.path, weights=weights, kv=kv, kv_memory=kv_memory, compile=compile, **options
         )
         self.config = self.runner.config
-        if self.tokenizer.vocab_size > self.config.vocab_size:
-            raise UserError(
-                f"{self.path}: its tokenizer has {self.tokenizer.vocab_size} tokens but the model {self.config.vocab_size} "
-                "embeddings: the two do not belong together"
-            )
         speculator: Speculator | None = None
         if draft == "lookup":
             speculator = PromptLookup(draft_tokens)
@@ -207,7 +208,7 @@ class LLM:
 
     def generate(self, text: Prompt, *, adapter: str | None = None, **sampling: Any) -> Stream:
         """Go on from ``text``; pieces of text as they come. Keywords are those of `SamplingParams`."""
-        return Stream(self, self._request(text, _single(sampling), adapter), 0)
+        return Stream(self, self.request(text, _single(sampling), adapter), 0)
 
     def chat(
         self, messages: Chat, *, truncate: Truncate = "error", adapter: str | None = None, **sampling: Any
@@ -218,7 +219,7 @@ class LLM:
         stream's ``result`` says how many messages.
         """
         params = _single(sampling)
-        request, dropped = self._chat_request(messages, params, truncate, adapter)
+        request, dropped = self.chat_request(messages, params, truncate, adapter)
         return Stream(self, request, dropped)
 
     # --- whole answers, one or many ---
@@ -300,27 +301,31 @@ class LLM:
             return self.tokenizer.encode(prompt, bos=self.tokenizer.bos_id is not None)
         return list(prompt)
 
-    def _request(self, prompt: Prompt, params: SamplingParams, adapter: str | None) -> Request:
-        return Request(self.ids(prompt), params, adapter, continues=True)
+    def request(
+        self, prompt: Prompt, params: SamplingParams, adapter: str | None = None, *, tenant: str = ""
+    ) -> Request:  # fmt: skip
+        """What `engine` takes to go on from a prompt: for who drives the engine, such as a server."""
+        return Request(self.ids(prompt), params, adapter, tenant, continues=True)
 
-    def _chat_request(
-        self, messages: Chat, params: SamplingParams, truncate: str, adapter: str | None
+    def chat_request(
+        self, messages: Chat, params: SamplingParams, truncate: Truncate = "error", adapter: str | None = None, *, tenant: str = ""
     ) -> tuple[Request, int]:  # fmt: skip
+        """What `engine` takes to answer a chat, and how many messages were left out of it (see `chat`)."""
         if truncate not in ("error", "oldest"):
             raise UserError(f"truncate is {truncate!r}; it can be 'error' or 'oldest'")
         kept, dropped = fit(self, list(messages), params.max_tokens) if truncate == "oldest" else (list(messages), 0)
         prompt = render(kept, self.tokenizer, self.template, add_generation_prompt=True)
-        return Request(prompt.ids, params, adapter), dropped
+        return Request(prompt.ids, params, adapter, tenant), dropped
 
     def _prompts(self, prompts: Sequence[Prompt], sampling: dict[str, Any]) -> list[tuple[Request, int]]:
         adapter = sampling.pop("adapter", None)
         params = sampling_params(sampling)
-        return [(self._request(prompt, params, adapter), 0) for prompt in prompts]
+        return [(self.request(prompt, params, adapter), 0) for prompt in prompts]
 
-    def _chats(self, chats: Sequence[Chat], truncate: str, sampling: dict[str, Any]) -> list[tuple[Request, int]]:
+    def _chats(self, chats: Sequence[Chat], truncate: Truncate, sampling: dict[str, Any]) -> list[tuple[Request, int]]:
         adapter = sampling.pop("adapter", None)
         params = sampling_params(sampling)
-        return [self._chat_request(messages, params, truncate, adapter) for messages in chats]
+        return [self.chat_request(messages, params, truncate, adapter) for messages in chats]
 
     # --- driving the engine ---
 

@@ -96,6 +96,8 @@ def make_runner(
         raise UserError(f"there is no runner {runner!r}: use auto, native or torch")
     if threads is not None and not 1 <= threads <= 1024:
         raise UserError(f"threads must lie between 1 and 1024, not {threads}")
+    if not 1 <= sequences <= 4096:
+        raise UserError(f"sequences must lie between 1 and 4,096, not {sequences}")
     if runner == "auto":
         runner = "native" if device == "cpu" and native_available() else "torch"
     if runner == "native" and device != "cpu":

@@ -63,6 +63,8 @@ class TorchRunner:
                 raise UserError(f"{what} {name!r}: the torch runner computes in {', '.join(DTYPES)}")
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise UserError(f"device {device}: this machine has no CUDA GPU that PyTorch can use")
+        if compile and not device.startswith("cuda"):
+            raise UserError("compile captures CUDA graphs: it needs a device cuda")
         automatic = torch.bfloat16 if device.startswith("cuda") else torch.float32
         if threads:
             torch.set_num_threads(threads)
