@@ -136,7 +136,7 @@ inline uint16_t stored_half(const Floats& table, size_t i, int up, float factor)
     if (table.half) {
         const uint16_t h = static_cast<const uint16_t*>(table.data)[i];
         const int field = (h >> 10) & 31;
-        if (field > 0 && field + up > 0) return static_cast<uint16_t>(h + (up << 10));  // a normal number that stays one
+        if (field > 0 && field + up > 0) return static_cast<uint16_t>(h + up * 1024);  // a normal number that stays one
         return float_to_half(half_to_float(h) * factor);
     }
     return float_to_half(static_cast<const float*>(table.data)[i] * factor);

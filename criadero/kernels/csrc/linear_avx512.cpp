@@ -250,8 +250,10 @@ void prepare_row(const Block& b, int row, int from, int to, int columns, const f
             }
             const float most_of = bits_to_float(_mm512_reduce_max_epu32(top));
             const bool tiny = most_of < 1e-30f;
-            const int there = most_of <= 3.4028235e38f ? to : span;  // of what is not finite only the scale says so, and the rest is zero
-            const __m512 inverse = _mm512_set1_ps(tiny ? 0.0f : 127.0f / most_of);
+            // Of what is not finite only the scale says so, and the rest is zero.
+            const bool finite = most_of <= 3.4028235e38f;
+            const int there = finite ? to : span;
+            const __m512 inverse = _mm512_set1_ps(tiny || !finite ? 0.0f : 127.0f / most_of);
             b.scales[span / SPAN * b.width + row] = tiny ? 0.0f : most_of / 127.0f;
             int32_t total = 0;
             for (int slice = span; slice < stop; slice += SLICE) {
