@@ -33,8 +33,11 @@ struct Bf16 { using T = uint16_t; static vf get(const T* p) { return load_bf16(p
 struct Int8 { using T = int8_t; static vf get(const T* p) { return load_i8(p); } };  // without its scale, which comes later
 
 // s[r][c * UNIT ..] = sum over d of q[r][d] * k[c][d * stride ..]
+// With `ahead`, the keys of the units there and the values of these units, v, are asked for meanwhile: pages lie anywhere, and the
+// processor's own prefetching does not look beyond one.
 template <class K, int R, int C>
-inline void score_tile(const float* q, int head_dim, const typename K::T* const* k, size_t stride, float* s) {
+inline void score_tile(const float* q, int head_dim, const typename K::T* const* k, size_t stride, const typename K::T* const* ahead,
+                       const typename K::T* const* v, float* s) {
     vf sums[R][C * U];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
@@ -44,6 +47,13 @@ inline void score_tile(const float* q, int head_dim, const typename K::T* const*
         vf key[C * U];
 #pragma GCC unroll 16
         for (int c = 0; c < C * U; ++c) key[c] = K::get(k[c / U] + d * stride + c % U * W);
+        if (ahead) {
+#pragma GCC unroll 16
+            for (int c = 0; c < C; ++c) {
+                __builtin_prefetch(ahead[c] + d * stride);
+                __builtin_prefetch(v[c] + d * UNIT);
+            }
+        }
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
             const vf one = set1(q[r * head_dim + d]);
@@ -58,11 +68,15 @@ inline void score_tile(const float* q, int head_dim, const typename K::T* const*
 }
 
 template <class K, int R, int C = units_for(R)>
-inline void score_units(const float* q, int head_dim, const typename K::T* const* k, size_t stride, int units, float* s) {
+inline void score_units(const float* q, int head_dim, const typename K::T* const* k, size_t stride, int units, const typename K::T* const* v,
+                        float* s) {
     int u = 0;
-    for (; u + C <= units; u += C) score_tile<K, R, C>(q, head_dim, k + u, stride, s + u * UNIT);
+    for (; u + C <= units; u += C) {
+        const typename K::T* const* ahead = v ? k + (u + 2 * C <= units ? u + C : u) : nullptr;
+        score_tile<K, R, C>(q, head_dim, k + u, stride, ahead, v ? v + u : nullptr, s + u * UNIT);
+    }
     if constexpr (C > 1) {
-        if (u < units) score_units<K, R, C / 2>(q, head_dim, k + u, stride, units - u, s + u * UNIT);
+        if (u < units) score_units<K, R, C / 2>(q, head_dim, k + u, stride, units - u, v ? v + u : nullptr, s + u * UNIT);
     }
 }
 
@@ -211,14 +225,15 @@ struct ScoreRows {  // scores of a tile of rows and the units of a chunk
     int head_dim;
     const typename K::T* const* k;
     size_t stride;
-    int unit, units;     // the chunk, in the segment
-    const int* visible;  // keys that each row sees in the segment
+    const typename K::T* const* v;  // the values, when they are to be asked for; or null
+    int unit, units;                // the chunk, in the segment
+    const int* visible;             // keys that each row sees in the segment
     float* s;
     template <int R>
     void operator()(int row) const {
         const int seen = (visible[row + R - 1] + UNIT - 1) / UNIT - unit;  // the last row sees most
         if (seen > 0) {
-            score_units<K, R>(q + row * head_dim, head_dim, k, stride, least(units, seen), s + row * S_STRIDE + unit * UNIT);
+            score_units<K, R>(q + row * head_dim, head_dim, k, stride, least(units, seen), row ? nullptr : v, s + row * S_STRIDE + unit * UNIT);
         }
     }
 };
@@ -274,10 +289,12 @@ inline void attend_as(const KvLayer& kv, const AttendTask& task, const AttendRoo
         const float* x = task.q + token * task.q_stride + (size_t)head * dim;
         const float *c = task.cosine + (size_t)token * half, *s = task.sine + (size_t)token * half;
         float* to = room.q + r * dim;
-        for (int d = 0; d < half; ++d) {
-            const float a = x[d], b = x[d + half];
-            to[d] = (a * c[d] - b * s[d]) * scale;
-            to[d + half] = (b * c[d] + a * s[d]) * scale;
+        for (int d = 0; d < half; d += W) {
+            const int n = least(W, half - d);
+            const vf a = load_first(x + d, n, 0.0f), b = load_first(x + d + half, n, 0.0f);
+            const vf cosine = load_first(c + d, n, 0.0f), sine = load_first(s + d, n, 0.0f);
+            store_first(to + d, n, mul(sub(mul(a, cosine), mul(b, sine)), set1(scale)));
+            store_first(to + d + half, n, mul(add(mul(b, cosine), mul(a, sine)), set1(scale)));
         }
     }
     const bool convert = sizeof(T) < 4 && task.rows >= 2 * TILE_ROWS;
@@ -313,9 +330,9 @@ inline void attend_as(const KvLayer& kv, const AttendTask& task, const AttendRoo
                         }
                     wide[i] = room.keys + i * UNIT;
                 }
-                each_tile(0, task.rows, ScoreRows<F32>{room.q, dim, wide, CHUNK, u, here, visible, room.scores});
+                each_tile(0, task.rows, ScoreRows<F32>{room.q, dim, wide, CHUNK, nullptr, u, here, visible, room.scores});
             } else {
-                each_tile(0, task.rows, ScoreRows<K>{room.q, dim, key + u, (size_t)kv.page, u, here, visible, room.scores});
+                each_tile(0, task.rows, ScoreRows<K>{room.q, dim, key + u, (size_t)kv.page, value + u, u, here, visible, room.scores});
             }
         }
         float *most_here = room.most, *weight_here = room.weight;
