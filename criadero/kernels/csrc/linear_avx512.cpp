@@ -73,9 +73,8 @@ inline __m512i dots(__m512i c, const __m512i* w, const int8_t* q) {
 }
 
 // One span of `slices` x 32 columns: sums[m] += (what the span gives) x (the scale of the span's activations). F: see below.
-template <Kind KIND, int GROUP, int M, bool KEEP, bool WHOLE>
+template <Kind KIND, int GROUP, int M, bool KEEP>
 inline void span_product(const uint8_t* p, size_t bytes, int slices, const Block& b, int span, __m512* sums) {
-    if (WHOLE) slices = SPAN / SLICE;  // a constant: the loop over them is unrolled where that is short
     constexpr int STEP = KIND == Kind::int8 ? 512 : 256;               // bytes of a slice
     constexpr int LINES = KIND == Kind::int8 ? (GROUP == 16 ? 9 : GROUP == 32 ? 9 : 8) : (GROUP == 32 ? (KIND == Kind::int4_mins ? 5 : 5) : 5);
     const int8_t* q = b.q + (size_t)span * (SPAN / SLICE) * M * SLICE;
@@ -91,7 +90,6 @@ inline void span_product(const uint8_t* p, size_t bytes, int slices, const Block
         UNROLL
         for (int m = 0; m < M; ++m) c[m] = offset<KIND>(b.totals + span * M + m);
     }
-#pragma GCC unroll(M <= 2 ? 4 : 1)
     for (int s = 0; s < slices; ++s, q += M * SLICE) {
         fetch<KEEP, LINES>(p + s * quarter);
         __m512i w[8];
@@ -150,8 +148,8 @@ void quantised(const Weights& w, const Block& b, int first, int last, float* y, 
         UNROLL
         for (int m = 0; m < M; ++m) sums[m] = _mm512_setzero_ps();
         if (M > 8) __asm__ volatile("" : : "r"(sums) : "memory");
-        for (int s = 0; s < whole; ++s) span_product<KIND, GROUP, M, KEEP, true>(tile + s * w.span_bytes, w.span_bytes, SPAN / SLICE, b, s, sums);
-        if (rest) span_product<KIND, GROUP, M, KEEP, false>(tile + whole * w.span_bytes, w.span_bytes, rest, b, whole, sums);
+        for (int s = 0; s < whole; ++s) span_product<KIND, GROUP, M, KEEP>(tile + s * w.span_bytes, w.span_bytes, SPAN / SLICE, b, s, sums);
+        if (rest) span_product<KIND, GROUP, M, KEEP>(tile + whole * w.span_bytes, w.span_bytes, rest, b, whole, sums);
         const __m512 scale = GROUP ? _mm512_set1_ps(w.unit) : _mm512_loadu_ps(tile + (size_t)w.padded * TILE);
         store_tile<M>(w, b, t, sums, &scale, y, stride, add);
     }
