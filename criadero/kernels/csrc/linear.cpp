@@ -390,13 +390,13 @@ const LinearKernels& linear_kernels() {
 
 void run_jobs(Worker& worker, const Job* jobs, int count, const Activations& a) {
     const LinearKernels& kernels = linear_kernels();
-    // Pieces of at most this many bytes of weights stay in a core's second-level cache while block after block of rows goes by; and each
-    // product is in at least four pieces a thread, if it has as many tiles, so that fast and slow cores end together.
+    // Each product is in some four pieces a thread, if it has as many tiles, so that fast and slow cores end together. Where block after
+    // block of rows goes over a piece, it is also small enough to stay in a core's second-level cache.
     constexpr size_t PIECE = 128 << 10;
     int total = 0;
     auto tiles_of = [&](const Weights& w) {
-        const int fit = static_cast<int>(PIECE / w.tile_bytes), fair = (w.tiles + 4 * worker.count - 1) / (4 * worker.count);
-        return most(1, least(fit, fair));
+        const int fair = (w.tiles + 4 * worker.count - 1) / (4 * worker.count);
+        return a.blocks() > 1 ? most(1, least(static_cast<int>(PIECE / w.tile_bytes), fair)) : fair;
     };
     auto pieces_of = [&](const Weights& w) { return (w.tiles + tiles_of(w) - 1) / tiles_of(w); };
     for (int j = 0; j < count; ++j) total += pieces_of(*jobs[j].w);
