@@ -3,6 +3,9 @@
 ``python benchmarks/trust_trace.py --tokens 1e7 [--folder DIR] [--json] [--peer]``: the corpus is public text of ../shared/data
 (at most half of it) and documents of Zipf-distributed tokens, in which 10,000 spans are planted. Answers are 450 tokens, of
 copied and other passages in turns. Each measurement runs in a process of its own. ``--peer`` also builds infini-gram's index.
+
+A folder that is given is kept, so a large corpus is built once (``--folder DIR --measures build,prepare,peer_build``) and asked
+as often as wanted (``--folder DIR --measures trace,recall,guard,peer``).
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -290,15 +294,16 @@ def guard(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def peer(folder: Path) -> dict[str, Any]:
-    """infini-gram on the same tokens: built with its own program, counts compared, its attribution beside our search."""
+ABSENT = {"skipped": "infini-gram is not installed (Linux only)"}
+
+
+def peer_build(folder: Path) -> dict[str, Any]:
+    """infini-gram's index of the same tokens, made with its own program."""
     try:
         import infini_gram
-        from infini_gram.engine import InfiniGramEngine
     except ImportError:
-        return {"skipped": "infini-gram is not installed (Linux only)"}
+        return ABSENT
     from criadero.trust.search import open_index
-    from criadero.trust.trace import long_matches, maximal
 
     index = open_index(folder / "index")
     other = folder / "infini"
@@ -316,6 +321,19 @@ def peer(folder: Path) -> dict[str, Any]:
     build_peer(Path(infini_gram.__path__[0]) / "rust_indexing", other, at)
     seconds = time.monotonic() - began
     size = sum(file.stat().st_size for file in other.iterdir())
+    return {"bytes_a_token": round(size / index.size, 3), "build_tokens_a_second": round(index.size / seconds)}
+
+
+def peer(folder: Path) -> dict[str, Any]:
+    """infini-gram beside ours on the same tokens: counts compared, its attribution beside our search."""
+    try:
+        from infini_gram.engine import InfiniGramEngine
+    except ImportError:
+        return ABSENT
+    from criadero.trust.search import open_index
+    from criadero.trust.trace import long_matches, maximal
+
+    index, other = open_index(folder / "index"), folder / "infini"
     engine = InfiniGramEngine(str(other), eos_token_id=index.ends[1], vocab_size=65535, token_dtype="u16")
     random = np.random.default_rng(SEED + 3)
     checked = agree = 0
@@ -353,13 +371,14 @@ def peer(folder: Path) -> dict[str, Any]:
         engine.count(part)
         count_times["ours"].append(middle - start)
         count_times["theirs"].append(time.perf_counter() - middle)
-    shutil.rmtree(other)
     return {
         "counts_compared": checked, "counts_equal": agree, "answers": len(some), "answers_with_equal_spans": same,
-        "bytes_a_token": round(size / index.size, 3), "build_tokens_a_second": round(index.size / seconds),
         "spans_ms": {name: percentiles(some) for name, some in times.items()},
         "count_ms": {name: percentiles(some) for name, some in count_times.items()},
     }  # fmt: skip
+
+
+PART_BYTES = 1 << 28  # infini-gram sorts in 8 bytes a byte of a part
 
 
 def build_peer(program: Path, folder: Path, size: int, jobs: int = 2) -> None:
@@ -369,24 +388,23 @@ def build_peer(program: Path, folder: Path, size: int, jobs: int = 2) -> None:
         parts, merged = Path(work) / "parts", Path(work) / "merged"
         parts.mkdir()
         merged.mkdir()
-        step = size // jobs + size // jobs % 2
+        count = jobs * -(-size // (jobs * PART_BYTES))
+        step = size // count + size // count % 2
         common = ["--data-file", str(data), "--ratio", str(ratio), "--token-width", "2"]
-        running = [
-            subprocess.Popen(
-                [program, "make-part", *common, "--parts-dir", str(parts), "--start-byte", str(n * step), "--end-byte",
-                 str(min((n + 1) * step + 100_000, size))],
-                stdout=subprocess.DEVNULL,
-            )
-            for n in range(jobs)
-        ]  # fmt: skip
-        if max(one.wait() for one in running):
-            raise RuntimeError("infini-gram's make-part failed")
         quiet = {"stdout": subprocess.DEVNULL, "check": True}
+
+        def make_part(n: int) -> None:
+            ends = ["--start-byte", str(n * step), "--end-byte", str(min((n + 1) * step + 100_000, size))]
+            subprocess.run([program, "make-part", *common, "--parts-dir", str(parts), *ends], **quiet)
+
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(make_part, range(count)))
         threads = ["--num-threads", str(jobs)]
         subprocess.run(
             [program, "merge", *common, *threads, "--parts-dir", str(parts), "--merged-dir", str(merged), "--hacksize", "100000"],
             **quiet,
         )  # fmt: skip
+        shutil.rmtree(parts)
         subprocess.run(
             [program, "concat", *common, *threads, "--merged-dir", str(merged), "--merged-file", str(folder / "table.0")], **quiet
         )  # fmt: skip
@@ -399,7 +417,15 @@ def prepare(folder: Path) -> dict[str, Any]:
     return {"answers": len(answers(open_index(folder / "index")))}
 
 
-MEASURES = {"prepare": prepare, "build": build, "trace": trace, "recall": recall, "guard": guard, "peer": peer}
+MEASURES = {
+    "prepare": prepare,
+    "build": build,
+    "trace": trace,
+    "recall": recall,
+    "guard": guard,
+    "peer_build": peer_build,
+    "peer": peer,
+}
 
 
 def measure(folder: Path, names: list[str]) -> dict[str, Any]:
@@ -433,7 +459,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "tokens" / "passport.json").exists():
             make_corpus(folder, int(given.tokens))
-        names = given.measures.split(",") + ["peer"] * given.peer
+        names = given.measures.split(",") + ["peer_build", "peer"] * given.peer
         found = measure(folder, names)
     if given.json:
         print(json.dumps(found, indent=2))
