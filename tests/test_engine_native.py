@@ -170,17 +170,28 @@ def test_ggml_blocks_are_unpacked_as_the_twin_does(kind: str) -> None:
     raw = random.integers(0, 256, (rows * blocks, FORMATS[kind].size), dtype=np.uint8)
     for offset in {"Q6_K": [208], "Q4_K": [0, 2]}.get(kind, [0]):
         raw[:, offset : offset + 2] = random.standard_normal((len(raw), 1)).astype(np.float16).view(np.uint8)
+    wanted = repack(raw, kind, rows, columns)
+
+    def outs() -> list[Any]:
+        return [None if a is None else np.zeros_like(a) for a in (wanted.q, wanted.scales, wanted.mins)]
+
     for heads in (0, 4):
-        q, scales, mins = native().repack_ggml(kind, raw.reshape(-1), rows, columns, heads, 2)
-        wanted = repack(raw, kind, rows, columns)
-        if heads:
-            wanted = wanted.rows(to_rotate_half(torch.arange(rows)[:, None], heads)[:, 0].numpy())
-        for got, want in ((q, wanted.q), (scales, wanted.scales), (mins, wanted.mins)):
-            assert (got is None and want is None) or (got.dtype == want.dtype and np.array_equal(got, want))
-    for wrong in ((kind, raw.reshape(-1)[1:], rows, columns, 0), ("Q5_K", raw.reshape(-1), rows, columns, 0),
-                  (kind, raw.reshape(-1), rows, columns, 5), (kind, raw.reshape(-1), rows, 30, 0)):  # fmt: skip
+        made = outs()
+        native().repack_ggml(kind, raw.reshape(-1), rows, columns, heads, 2, *made)
+        order = to_rotate_half(torch.arange(rows)[:, None], heads or 1)[:, 0].numpy() if heads else slice(None)
+        right = wanted.rows(order)
+        for got, want in zip(made, (right.q, right.scales, right.mins), strict=True):
+            assert (got is None and want is None) or np.array_equal(got, want)
+    q, scales, mins = outs()
+    flat = raw.reshape(-1)
+    for wrong in (
+        (kind, flat[1:], rows, columns, 0, 1, q, scales, mins), ("Q5_K", flat, rows, columns, 0, 1, q, scales, mins),
+        (kind, flat, rows, columns, 5, 1, q, scales, mins), (kind, flat, rows, 30, 0, 1, q, scales, mins),
+        (kind, flat, rows, columns, 0, 1, q[1:], scales, mins), (kind, flat, rows, columns, 0, 1, q, scales[:, 1:].copy(), mins),
+        (kind, flat, rows, columns, 0, 1, q, scales, scales if mins is None else None),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=r"needed|known|heads|blocks"):
-            native().repack_ggml(*wrong, 1)
+            native().repack_ggml(*wrong)
 
 
 @pytest.mark.parametrize(("weights", "most"), [("f32", 1e-5), ("bf16", 1e-2), ("int8", 2e-2), ("int4", 3e-2)])

@@ -39,6 +39,7 @@ SLOT_OF = {
     "mlp.gate_proj": "gate", "mlp.up_proj": "up", "mlp.down_proj": "down",
 }  # fmt: skip
 NORMS = {"input_layernorm": "input", "post_attention_layernorm": "post"}
+EMBEDDING = "model.embed_tokens.weight"
 UNIT = 16  # positions: pages are a multiple of it
 OWN = 2**30  # the number of the adapter that `ref` itself is
 COPIED = (
@@ -198,11 +199,12 @@ def _fill(
 
     frequencies, factor = rope_frequencies(config)
     model.set_rope(frequencies.numpy(), factor)
-    # the output matrix, the largest, first: while there is little else, there is room for it twice
-    names = sorted((name for name, _ in expected_shapes(config)), key=lambda name: name != "lm_head.weight")
+    # the largest first: while there is little else, there is room for it twice
+    outer = ("lm_head.weight", EMBEDDING)
+    names = sorted((name for name, _ in expected_shapes(config)), key=lambda name: name not in outer)
     for name in names:
         weight = load(name)
-        if name == "model.embed_tokens.weight":
+        if name == EMBEDDING:
             if config.tie_word_embeddings:
                 head = packed(name, weight)
                 model.set_head(head)
@@ -225,8 +227,6 @@ def _fill(
             elif key in own:
                 rest[key] = own[key]
             model.set_linear(*key, packed(name, weight))
-            if inner == "mlp.down_proj":
-                native().give_back_memory()  # type: ignore[union-attr]
     native().give_back_memory()  # type: ignore[union-attr]
     return kinds, rest
 
@@ -336,6 +336,14 @@ def _open_gguf(path: Path, threads: int) -> tuple[ModelConfig, Load]:
     whole = np.memmap(path, np.uint8, "r")
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
 
+    held: dict[str, np.ndarray] = {}
+
+    def room(what: str, rows: int, columns: int, dtype: Any) -> np.ndarray:
+        size = rows * columns * np.dtype(dtype).itemsize
+        if what not in held or held[what].nbytes < size:
+            held[what] = np.empty(size, np.uint8)
+        return held[what][:size].view(dtype).reshape(rows, columns)
+
     def load(name: str) -> Weight:
         info = header.tensors[gguf_name(name)]
         if info.kind not in KEPT or len(info.shape) != 2:
@@ -344,14 +352,25 @@ def _open_gguf(path: Path, threads: int) -> tuple[ModelConfig, Load]:
                 raise UserError(f"{path}: tensor {info.name!r} holds values that are not finite; get the file again")
             return next(_arrays({name: plain}))[1]
         raw, order = whole[info.offset : info.offset + info.size], heads.get(name.split(".")[-2], 0)
-        q, scales, mins = native().repack_ggml(info.kind, raw, *info.shape, order, threads)  # type: ignore[union-attr]
+        bits, group = (4, 32) if info.kind in ("Q4_0", "Q4_K") else (8, 16 if info.kind == "Q6_K" else 32)
+        rows, columns = info.shape
+        # memory that is used for every matrix, but the kept embedding: what is freed between packed ones leaves holes
+        take = _take if name == EMBEDDING and not config.tie_word_embeddings else room
+        q = take("q", rows, columns * bits // 8, np.uint8 if bits == 4 else np.int8)
+        wide = np.float32 if info.kind.endswith("_K") else np.float16
+        scales = take("scales", rows, columns // group, wide)
+        mins = take("mins", rows, columns // group, np.float32) if info.kind == "Q4_K" else None
+        native().repack_ggml(info.kind, raw, rows, columns, order, threads, q, scales, mins)  # type: ignore[union-attr]
         _forget(raw)
         if not (np.isfinite(scales).all() and (mins is None or np.isfinite(mins).all())):
             raise UserError(f"{path}: tensor {info.name!r} holds values that are not finite; get the file again")
-        form = (4, 32) if info.kind in ("Q4_0", "Q4_K") else (8, 16 if info.kind == "Q6_K" else 32)
-        return QuantTensor(*form, q, scales, mins)
+        return QuantTensor(bits, group, q, scales, mins)
 
     return config, load
+
+
+def _take(what: str, rows: int, columns: int, dtype: Any) -> np.ndarray:
+    return np.empty((rows, columns), dtype)
 
 
 def map_folder(folder: Path, config: ModelConfig) -> dict[str, Weight]:

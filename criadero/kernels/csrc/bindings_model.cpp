@@ -29,6 +29,7 @@ using Floats1 = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::
 using Floats2 = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Ints1 = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Ints2 = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Out = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Out2 = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 void refuse(bool wrong, const std::string& what) {
@@ -122,44 +123,33 @@ void step(Model& model, Cache& cache, const Ints1& ids, const Ints1& positions, 
     model.step(cache, in);
 }
 
-template <class T>
-nb::ndarray<nb::numpy> new_array(size_t rows, size_t columns, nb::dlpack::dtype type) {
-    T* data = new T[rows * columns];
-    nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
-    const size_t shape[2] = {rows, columns};
-    return nb::ndarray<nb::numpy>(data, 2, shape, owner, nullptr, type);
-}
-
-// (q, scales, mins or None) of a QuantTensor
-nb::tuple repack(const std::string& kind, const Array& raw, int rows, int columns, int heads, int threads) {
+// Fills q, scales and mins of a QuantTensor, whose memory the caller may use again for the next matrix
+void repack(const std::string& kind, const Array& raw, int rows, int columns, int heads, int threads, const Out& q, const Out& scales,
+            const std::optional<Out>& mins) {
     const GgmlFormat format = ggml_format(kind);
     refuse(rows < 1 || columns < 1 || columns % format.block, kind + ": " + std::to_string(columns) + " columns are no whole blocks");
     const size_t n = static_cast<size_t>(rows), k = static_cast<size_t>(columns), groups = k / static_cast<size_t>(format.group);
     const size_t needed = n * (k / static_cast<size_t>(format.block)) * static_cast<size_t>(format.size);
     refuse(!is(raw, nb::dlpack::dtype_code::UInt, 8) || raw.ndim() != 1 || raw.shape(0) != needed, "raw: " + std::to_string(needed) + " bytes are needed");
-    const nb::dlpack::dtype half = {static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
-    auto q = format.bits == 4 ? new_array<uint8_t>(n, k / 2, nb::dtype<uint8_t>()) : new_array<uint8_t>(n, k, nb::dtype<int8_t>());
-    auto scales = format.wide ? new_array<float>(n, groups, nb::dtype<float>()) : new_array<uint16_t>(n, groups, half);
-    nb::object mins = nb::none();
-    float* least = nullptr;
-    if (format.mins) {
-        auto made = new_array<float>(n, groups, nb::dtype<float>());
-        least = static_cast<float*>(made.data());
-        mins = nb::cast(made);
-    }
-    {
-        nb::gil_scoped_release release;
-        repack_ggml(shared_pool(threads), kind, static_cast<const uint8_t*>(raw.data()), rows, columns, heads, static_cast<uint8_t*>(q.data()),
-                    scales.data(), least);
-    }
-    return nb::make_tuple(q, scales, mins);
+    auto check = [&](const Out& out, const char* name, size_t width, nb::dlpack::dtype_code code, int bits) {
+        refuse(out.dtype().code != static_cast<uint8_t>(code) || out.dtype().bits != bits || out.dtype().lanes != 1 || out.shape(0) != n ||
+                   out.shape(1) != width,
+               std::string(name) + ": [" + std::to_string(n) + ", " + std::to_string(width) + "] of " + std::to_string(bits) + " bits is needed");
+    };
+    check(q, "q", k * static_cast<size_t>(format.bits) / 8, format.bits == 4 ? nb::dlpack::dtype_code::UInt : nb::dlpack::dtype_code::Int, 8);
+    check(scales, "scales", groups, nb::dlpack::dtype_code::Float, format.wide ? 32 : 16);
+    refuse(format.mins != mins.has_value(), kind + (format.mins ? ": mins are needed" : ": there are no mins, none are needed"));
+    if (mins) check(*mins, "mins", groups, nb::dlpack::dtype_code::Float, 32);
+    nb::gil_scoped_release release;
+    repack_ggml(shared_pool(threads), kind, static_cast<const uint8_t*>(raw.data()), rows, columns, heads, static_cast<uint8_t*>(q.data()),
+                scales.data(), mins ? static_cast<float*>(mins->data()) : nullptr);
 }
 
 }  // namespace
 
 void bind_model(nb::module_& m) {
     m.def("repack_ggml", &repack, "kind"_a, "raw"_a.noconvert(), "rows"_a, "columns"_a, "heads"_a, "threads"_a,
-          "GGUF's blocks -> (q, scales, mins or None) of a QuantTensor; see csrc/ggml.h.");
+          "q"_a.noconvert(), "scales"_a.noconvert(), "mins"_a.noconvert().none(), "GGUF's blocks -> the arrays of a QuantTensor; see csrc/ggml.h.");
     m.def("give_back_memory", [] {
 #if defined(__GLIBC__)
         malloc_trim(0);  // what was freed between the packed matrices would stay ours
