@@ -118,6 +118,54 @@ def test_a_line_of_metrics_a_step_and_what_the_run_did(tmp_path: Path) -> None:
     assert not (tmp_path / "resume").exists()
 
 
+def scripted(tmp_path: Path, losses: list[float], **plan: Any) -> tuple[dict[str, Any], list[dict], list[torch.Tensor]]:
+    """A run whose held-out losses are given, measured every step; with the first weights after each measurement."""
+    model = tiny.model(scale=0.5)
+    optimizer = Optimizer(model.named_parameters(), method="adamw", weight_decay=0.0)
+    weights: list[torch.Tensor] = []
+
+    def evaluate() -> dict[str, Any]:
+        weights.append(model.lm_head.weight.detach().clone())
+        return {"one": {"loss": losses[len(weights) - 1] - 1}, "two": {"loss": losses[len(weights) - 1] + 1}}
+
+    settings = {"lr": 1e-2, "save_minutes": 0, "eval_every": 1, "keep_best": True, "patience": 2} | plan
+    tracked: list[dict] = []
+    done = train(
+        model, optimizer, lambda n: batch_of(rows(1)), next_token_loss, Plan(len(losses), 1, **settings), tmp_path,
+        evaluate=evaluate, sample=lambda: [f"after {len(weights)}"], track=lambda line: tracked.append(dict(line)),
+    )  # fmt: skip
+    lines = curves.read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in tracked] == [line["step"] for line in lines]
+    return done, lines, [*weights, model.lm_head.weight.detach()]
+
+
+def test_early_stopping_keeps_the_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done, lines, weights = scripted(tmp_path, [5.0, 4.0, 4.5, 3.5, 3.5, 3.6, 1.0, 1.0])
+    assert (done["best_step"], done["best_loss"], done["steps"], done["ended_early"]) == (4, 3.5, 6, True)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["answers"] for line in lines] == [[f"after {n}"] for n in range(1, 7)]
+    assert torch.equal(weights[-1], weights[3])  # the model ends with the best, not with the last
+    assert not torch.equal(weights[-1], weights[5])
+    said = capsys.readouterr().err
+    assert (
+        "ended early after step 6: 2 measurements in a row were not below the held-out loss of step 4, 3.5000"
+        in " ".join(said.split())
+    )
+
+
+def test_without_patience_it_runs_to_the_end_and_still_keeps_the_best(tmp_path: Path) -> None:
+    done, lines, weights = scripted(tmp_path, [4.0, float("nan"), 6.0, 0.0, 0.0], patience=0, eval_every=2)
+    assert (done["best_step"], done["steps"], done["ended_early"]) == (2, 5, False)
+    assert [line["step"] for line in lines if "held_out" in line] == [2, 4, 5]  # the last step is measured as well
+    assert torch.equal(weights[-1], weights[0])
+
+
+def test_losses_that_are_no_numbers_end_a_run_with_its_last_weights(tmp_path: Path) -> None:
+    done, lines, weights = scripted(tmp_path, [float("nan")] * 5)
+    assert (done["best_step"], done["best_loss"], len(lines)) == (0, None, 2)
+    assert torch.equal(weights[-1], weights[1])
+
+
 def test_dropout_is_drawn_from_the_step(tmp_path: Path) -> None:
     """So that a resumed run draws what an unbroken one would have drawn."""
     draws: list[float] = []
