@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -558,6 +559,33 @@ def test_bad_input_is_one_line(words: list[str], said: str, capsys: pytest.Captu
     before = sorted(here.rglob("*"))
     assert said in refused(capsys, "synth", *words, "--out", "new")
     assert sorted(here.rglob("*")) == before, "nothing is left behind"
+
+
+def hangs(_text: str, _n: int) -> str:
+    time.sleep(0.6)
+    return "late"
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "said"),
+    [
+        (hangs, ["--timeout", "0.1"], "requests in a row had no answer (the last: timeout); the 0 answers so far are kept"),
+        (lambda *_: (200, {}, b"<html>busy</html>"), [], "requests in a row had no answer (the last: malformed)"),
+        (lambda *_: "As a language model, I like this one.", [], "not one usable task in"),
+        (tasks_script, ["--price_in", "1", "--price_out", "1e6", "--budget", "0.5"], "the budget of 0.5 is spent: 0.0000 so far"),
+    ],
+    ids=["times out", "no chat completions", "no tasks", "too dear"],
+)  # fmt: skip
+def test_a_bad_teacher_is_one_line(
+    script: Callable[[str, int], Any], flags: list[str], said: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("criadero.synth.teacher._sleep", lambda _: None)
+    monkeypatch.setattr("criadero.synth.teacher.TRIES", 1)
+    with scripted_teacher(script) as server:
+        words = ["self-instruct", "--teacher", server.url, "--teacher_model", "m", "--teacher_licence", "mit"]
+        assert said in refused(capsys, "synth", *words, "--out", "new", *flags)
+    assert not Path("new").exists()
 
 
 def test_what_dies_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

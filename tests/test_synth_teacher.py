@@ -260,6 +260,28 @@ def test_local_model_answers(tmp_path: Path) -> None:
     assert again.counts["cached"] == 1
 
 
+def test_local_answers_are_computed_together_and_are_those_of_one_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from criadero.engine.core import Engine
+
+    with create(tmp_path / "base", kind="chat", config={}, licence="Apache-2.0") as draft:
+        tiny.base(draft.path)
+    steps: list[int] = []
+    step = Engine.step
+    monkeypatch.setattr(Engine, "step", lambda self: steps.append(1) or step(self))
+    many = [ask(f"question {i}", max_tokens=6 + i, seed=i, temperature=0.1 * i) for i in range(7)]
+    together = open_teacher(TeacherFields(teacher=str(tmp_path / "base"))).answer(many)
+    assert len(steps) <= 12 + 3, "as many steps as the longest answer, and a few for the prompts"
+    assert [one.completion_tokens <= 6 + i for i, one in enumerate(together)] == [True] * 7
+    monkeypatch.setenv("CRIADERO_CACHE", str(tmp_path / "other"))
+    alone = open_teacher(TeacherFields(teacher=str(tmp_path / "base")))
+    assert [alone.answer([one])[0] for one in many] == together
+    turns = [("question 1", "and then?"), ("question 2",), ("question 3", "and then?", "and then?")]
+    answers = module.local_answers(str(tmp_path / "base"), turns, max_tokens=5)
+    assert [len(one) for one in answers] == [2, 1, 3]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -106,6 +106,9 @@ class Answer:
 
 
 Send = Callable[[Ask], Answer]  # raises Failed
+SendAll = Callable[
+    [dict[str, Ask]], Iterator[tuple[str, Answer]]
+]  # a batch by key; answers in the order they are ready
 
 
 class Teacher:
@@ -114,9 +117,10 @@ class Teacher:
     def __init__(
         self, name: str, licence: str, made_by: Input, send: Send | None, cache: Path | None, *, prices: tuple[float, float] = (0.0, 0.0),
         budget: float = 0.0, concurrency: int = 1, known: dict[str, Answer] | None = None, extra_inputs: Sequence[Input] = (),
+        send_all: SendAll | None = None,
     ) -> None:  # fmt: skip
         self.name, self.licence, self.made_by, self.extra_inputs = name, licence, made_by, tuple(extra_inputs)
-        self._send, self._cache = send, cache
+        self._send, self._send_all, self._cache = send, send_all, cache
         self.prices, self.budget, self.concurrency = prices, budget, concurrency
         self._known: dict[str, Answer] = dict(known or {})
         self._lost: dict[str, list[Answer]] = {}  # attempts that failed and may have been charged, by request
@@ -173,6 +177,15 @@ class Teacher:
         return [self._used.get(one.key) or failed[one.key] for one in asks]
 
     def _ask_all(self, waiting: dict[str, Ask]) -> dict[str, Answer]:
+        if self._send_all is not None:
+            failed = {}
+            for key, answer in self._send_all(waiting):
+                if answer.problem:
+                    failed[key] = answer
+                    continue
+                self._count(key, answer, cached=False)
+                self._write(key, answer)
+            return failed
         if self._send is None:
             raise UserError(
                 f"{self.name}: {len(waiting)} of these requests have no recorded answer: it was recorded with other settings; "
@@ -430,43 +443,61 @@ def _local_teacher(recipe: TeacherFields) -> Teacher:
 
 
 def _local(ref: str, made_by: Input) -> Teacher:
-    """A model of our own: one answer at a time, in the thread that asks."""
+    """A model of our own: a batch's requests are computed together (a seed gives the same answer in any company)."""
     path = resolve(ref)
     llm: list[Any] = []  # loaded when there is something that the cache does not know
 
-    def send(one: Ask) -> Answer:
+    def send_all(waiting: dict[str, Ask]) -> Iterator[tuple[str, Answer]]:
         from criadero.engine.llm import LLM
+        from criadero.engine.request import SamplingParams
 
         if not llm:
             llm.append(LLM(path))
-        sampling = {"max_tokens": one.max_tokens, "temperature": one.temperature, "top_p": one.top_p, "seed": one.seed}
+        engine, keys, texts = llm[0].engine, {}, {}
+        for key, one in waiting.items():
+            params = SamplingParams(
+                max_tokens=one.max_tokens, temperature=one.temperature, top_p=one.top_p, seed=one.seed
+            )
+            request, _ = llm[0].chat_request(one.turns(), params)
+            if len(request.prompt) >= llm[0].context:  # this request's own fault
+                yield key, Answer("", problem="too_long")
+                continue
+            id = engine.add(request)
+            keys[id], texts[id] = key, ""
         try:
-            text = "".join(llm[0].chat(one.turns(), **sampling))
-        except UserError as error:
-            # a prompt longer than the context is one request's fault; a model without a template everyone's
-            if "context" in str(error):
-                raise Failed(str(error), "too_long") from None
-            raise
-        tokens = len(llm[0].tokenizer.encode(text))
-        return Answer(text, "length" if tokens >= one.max_tokens - 1 else "stop", 0, tokens)
+            while keys:
+                for output in engine.step():
+                    if output.id not in keys:
+                        continue
+                    texts[output.id] += output.text
+                    if not output.done:
+                        continue
+                    key, text, used = keys.pop(output.id), texts.pop(output.id), output.usage
+                    if output.error:
+                        yield key, Answer("", problem="failed")
+                        continue
+                    finish = "stop" if output.finish_reason == "stop" else "length"
+                    read, written = (used.prompt, used.completion) if used else (0, 0)
+                    yield key, Answer(text, finish, read, written)
+        finally:
+            for id in keys:
+                engine.cancel(id)
 
-    return Teacher(path.name, made_by.licence or "unknown", made_by, send, _cache_file(made_by.id))
+    return Teacher(path.name, made_by.licence or "unknown", made_by, None, _cache_file(made_by.id), send_all=send_all)
 
 
 def local_answers(ref: str, questions: Sequence[Sequence[str]], *, max_tokens: int) -> list[tuple[str, ...]]:
     """What a model of our own answers, greedily, to each turn of each question; "" where the chat outgrew its context."""
     teacher = _local(ref, input_of("outputs_of", ref))
-    out = []
-    for turns in questions:
-        chat: list[tuple[str, str]] = []
-        answers: list[str] = []
-        for turn in turns:
-            chat.append(("user", turn))
-            answer = teacher.answer([Ask(tuple(chat), max_tokens=max_tokens, temperature=0.0)])[0]
-            chat.append(("assistant", answer.text))
-            answers.append(answer.text.strip())
-        out.append(tuple(answers))
-    return out
+    chats: list[list[tuple[str, str]]] = [[] for _ in questions]
+    for turn in range(max(map(len, questions), default=0)):  # the same turn of all questions together
+        here = [n for n, turns in enumerate(questions) if turn < len(turns)]
+        for n in here:
+            chats[n].append(("user", questions[n][turn]))
+        asked = [Ask(tuple(chats[n]), max_tokens=max_tokens, temperature=0.0) for n in here]
+        for n, answer in zip(here, teacher.answer(asked), strict=True):
+            chats[n].append(("assistant", answer.text))
+    return [tuple(text.strip() for role, text in chat if role == "assistant") for chat in chats]
 
 
 def _recorded_teacher(recipe: TeacherFields) -> Teacher:
