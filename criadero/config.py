@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from criadero.errors import UserError
 
@@ -134,14 +133,15 @@ class ModelConfig:
         }
 
 
-def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     """Inverse frequencies ``[Dh / 2]`` in float32 and the factor on cosine and sine, after scaling.
 
     ``linear``: positions divided by ``factor``. ``llama3``: low frequencies divided, high kept, a ramp between.
     ``yarn``: the same idea on rotations per context, with an attention factor (arXiv 2309.00071, section 3).
     """
-    half = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float()
-    frequencies = 1.0 / (config.rope_theta ** (half / config.head_dim))
+    share = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    # the power in float64, rounded: what PyTorch's float32 power gives, to the bit but for a few of the largest bases
+    frequencies = np.float32(1) / (float(config.rope_theta) ** share.astype(np.float64)).astype(np.float32)
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies, 1.0
@@ -156,7 +156,7 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
         raise UserError("model configuration: rope_scaling partial_rotary_factor is not supported")
     try:
         if kind == "linear":
-            return frequencies / float(scaling["factor"]), 1.0
+            return frequencies / np.float32(scaling["factor"]), 1.0
         if kind == "llama3":
             return _llama3_frequencies(frequencies, scaling), 1.0
         if kind == "yarn":
@@ -166,7 +166,7 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     return frequencies, 1.0
 
 
-def _llama3_frequencies(frequencies: Tensor, scaling: Mapping[str, Any]) -> Tensor:
+def _llama3_frequencies(frequencies: np.ndarray, scaling: Mapping[str, Any]) -> np.ndarray:
     factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     if high <= low:
@@ -174,12 +174,14 @@ def _llama3_frequencies(frequencies: Tensor, scaling: Mapping[str, Any]) -> Tens
     wavelength = 2 * math.pi / frequencies
     ramp = (original / wavelength - low) / (high - low)
     smooth = (1 - ramp) * frequencies / factor + ramp * frequencies
-    scaled = torch.where(wavelength > original / low, frequencies / factor, frequencies)
+    scaled = np.where(wavelength > original / low, frequencies / factor, frequencies)
     between = (wavelength <= original / low) & (wavelength >= original / high)
-    return torch.where(between, smooth, scaled)
+    return np.where(between, smooth, scaled).astype(np.float32)
 
 
-def _yarn_frequencies(frequencies: Tensor, scaling: Mapping[str, Any], config: ModelConfig) -> tuple[Tensor, float]:
+def _yarn_frequencies(
+    frequencies: np.ndarray, scaling: Mapping[str, Any], config: ModelConfig
+) -> tuple[np.ndarray, float]:
     factor = scaling["factor"]
     original = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
 
@@ -203,5 +205,6 @@ def _yarn_frequencies(frequencies: Tensor, scaling: Mapping[str, Any], config: M
     low, high = max(low, 0), min(high, config.head_dim - 1)
     if low == high:
         high += 0.001  # avoids 0 / 0
-    ramp = ((torch.arange(len(frequencies), dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    return frequencies / factor * ramp + frequencies * (1 - ramp), float(attention)
+    ramp = ((np.arange(len(frequencies), dtype=np.float32) - low) / (high - low)).clip(0, 1)
+    scaled = frequencies / factor * ramp + frequencies * (1 - ramp)
+    return scaled.astype(np.float32), float(attention)

@@ -209,8 +209,8 @@ class Llama(nn.Module):
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine for positions ``[B, T]`` or ``[T]``: ``[B or 1, 1, T, Dh]`` each, computed in float32."""
         if self._rope is None or self._rope[0].device != positions.device:
-            frequencies, factor = rope_frequencies(self.config)
-            self._rope = frequencies.to(positions.device), factor
+            array, factor = rope_frequencies(self.config)
+            self._rope = torch.from_numpy(array).to(positions.device), factor
         frequencies, factor = self._rope
         angles = positions[..., None].float() * frequencies  # [.., T, Dh / 2]
         angles = torch.cat((angles, angles), dim=-1)  # [.., T, Dh]

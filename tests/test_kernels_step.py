@@ -77,7 +77,7 @@ def build(model: Llama, threads: int = 2, make: Any = None) -> Any:
         made.set_embedding(state["model.embed_tokens.weight"])
     made.set_norm(0, "final", state["model.norm.weight"])
     frequencies, factor = rope_frequencies(c)
-    made.set_rope(frequencies.numpy(), factor)
+    made.set_rope(frequencies, factor)
     return made
 
 

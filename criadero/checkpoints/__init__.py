@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from criadero.artifact import Artifact, read_passport, require, resolve
 from criadero.chat import Template, load_template
@@ -31,9 +29,15 @@ from criadero.checkpoints.packed import (
 )  # fmt: skip
 from criadero.checkpoints.safetensors_hf import read_config, read_hf, read_json, save_hf
 from criadero.checkpoints.states import build
+from criadero.config import ModelConfig
 from criadero.errors import UserError
-from criadero.model import Llama, ModelConfig
 from criadero.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:  # what only needs a configuration or a tokenizer does without torch
+    import torch
+    from torch import Tensor
+
+    from criadero.model import Llama
 
 __all__ = [
     "is_quantised",

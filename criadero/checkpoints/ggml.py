@@ -7,14 +7,15 @@ block carries its own float16 scale. All arithmetic is float32 and bit-for-bit t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from criadero.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Bytes = NDArray[Any]  # uint8; its own operations would make mypy doubt it
 Floats = NDArray[np.float32]
@@ -43,7 +44,8 @@ FORMATS = {
     "Q6_K": Format(14, 256, 210),
     "BF16": Format(30, 1, 2),
 }
-PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # bfloat16 as its bits
+TORCH = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # names of torch's dtypes
 
 
 def _halves(raw: Bytes) -> Floats:
@@ -158,10 +160,10 @@ PACK: dict[str, Callable[[Floats], Bytes]] = {"Q4_0": _pack_q4_0, "Q8_0": _pack_
 WRITABLE = (*PLAIN, *PACK)
 
 
-def unpack(raw: Bytes, kind: str, shape: tuple[int, ...]) -> Tensor:
-    """Bytes of one tensor -> a tensor of ``shape``: as stored for F32, F16 and BF16, else float32."""
+def unpack_array(raw: Bytes, kind: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Bytes of one tensor -> an array of ``shape``: as stored for F32, F16 and BF16 (its bits, uint16), else float32."""
     if kind in PLAIN:
-        return torch.from_numpy(raw).view(PLAIN[kind]).reshape(shape)
+        return raw.view(PLAIN[kind]).reshape(shape)
     block, size = FORMATS[kind].block, FORMATS[kind].size
     blocks = raw.reshape(-1, size)
     out = np.empty((len(blocks), block), np.float32)
@@ -169,16 +171,33 @@ def unpack(raw: Bytes, kind: str, shape: tuple[int, ...]) -> Tensor:
     with np.errstate(invalid="ignore", over="ignore"):  # a damaged scale may be infinite; the caller looks for that
         for start in range(0, len(blocks), step):
             out[start : start + step] = UNPACK[kind](blocks[start : start + step])
-    return torch.from_numpy(out).reshape(shape)
+    return out.reshape(shape)
+
+
+def unpack(raw: Bytes, kind: str, shape: tuple[int, ...]) -> Tensor:
+    """The same as a tensor, BF16 as bfloat16."""
+    import torch
+
+    tensor = torch.from_numpy(unpack_array(raw, kind, shape))
+    return tensor.view(torch.bfloat16) if kind == "BF16" else tensor
+
+
+def finite(array: np.ndarray) -> bool:
+    """Whether no number of an array (uint16: bits of bfloat16) is infinite or NaN."""
+    if array.dtype == np.uint16:
+        return bool(((array & 0x7F80) != 0x7F80).all())
+    return bool(np.isfinite(array).all())
 
 
 def pack(tensor: Tensor, kind: str, name: str) -> Bytes:
     """A tensor -> the bytes of its rows in format ``kind``. ``name`` is for the message when it cannot be done."""
+    import torch
+
     tensor = tensor.detach().cpu().contiguous()
     if not torch.isfinite(tensor).all():
         raise UserError(f"{name} holds values that are not finite: the model is damaged, and nothing was written")
     if kind in PLAIN:
-        out = tensor.to(PLAIN[kind])
+        out = tensor.to(getattr(torch, TORCH[kind]))
         if not torch.isfinite(out).all():
             raise UserError(f"{name} holds values too large for {kind}: choose type BF16 or F32")
         return out.reshape(-1).view(torch.uint8).numpy()

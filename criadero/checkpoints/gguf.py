@@ -13,22 +13,25 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from criadero.checkpoints.ggml import FORMATS, PACK, PLAIN, WRITABLE, pack
+from criadero.checkpoints.ggml import FORMATS, PACK, PLAIN, TORCH, WRITABLE, finite, pack
 from criadero.checkpoints.ggml_quantised import KEPT, blocks, own_kind, repack
-from criadero.checkpoints.gguf_file import Header, read_bytes, read_header, read_tensor, write_file
+from criadero.checkpoints.gguf_file import Header, read_array, read_bytes, read_header, read_tensor, write_file
 from criadero.checkpoints.gguf_vocab import read_gguf_tokenizer, tokenizer_keys
-from criadero.checkpoints.layout import to_interleaved, to_rotate_half
+from criadero.checkpoints.layout import Rows, to_interleaved, to_rotate_half
 from criadero.checkpoints.states import check_shapes, expected_shapes, state_of
+from criadero.config import ModelConfig, rope_frequencies
 from criadero.errors import UserError
 from criadero.kernels.formats import QuantTensor
-from criadero.model import Llama, ModelConfig, rope_frequencies
 from criadero.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from criadero.model import Llama
 
 OUTER = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -72,7 +75,7 @@ def hf_name(name: str) -> str:
     return name
 
 
-def _reorder(name: str, config: ModelConfig, order: Callable[[Tensor, int], Tensor], weight: Tensor) -> Tensor:
+def _reorder(name: str, config: ModelConfig, order: Callable[[Rows, int], Rows], weight: Rows) -> Rows:
     if name.endswith("q_proj.weight"):
         return order(weight, config.num_attention_heads)
     if name.endswith("k_proj.weight"):
@@ -81,13 +84,13 @@ def _reorder(name: str, config: ModelConfig, order: Callable[[Tensor, int], Tens
 
 
 def _reorder_rows(
-    name: str, config: ModelConfig, order: Callable[[Tensor, int], Tensor], weight: QuantTensor
+    name: str, config: ModelConfig, order: Callable[[np.ndarray, int], np.ndarray], weight: QuantTensor
 ) -> QuantTensor:
     """The same of a packed matrix: whole rows change places."""
     if not name.endswith(("q_proj.weight", "k_proj.weight")):
         return weight
-    numbers = torch.arange(weight.shape[0])[:, None]  # [N, 1]
-    return weight.rows(_reorder(name, config, order, numbers)[:, 0].numpy())
+    numbers = np.arange(weight.shape[0])[:, None]  # [N, 1]
+    return weight.rows(_reorder(name, config, order, numbers)[:, 0])
 
 
 # --- reading ---
@@ -99,6 +102,8 @@ def read_gguf(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor], Tokeniz
     Weights are as stored when F32, F16 or BF16, unpacked to float32 otherwise. A file with a vocabulary only gives an
     empty state.
     """
+    import torch
+
     header = read_header(path)
     config = read_gguf_config(header)
     tokenizer = read_gguf_tokenizer(header)
@@ -139,14 +144,13 @@ def _quantised_weight(header: Header, name: str, stored: str, config: ModelConfi
     weight: Weight
     if info.kind in KEPT and len(info.shape) == 2:
         packed = repack(read_bytes(header, stored), info.kind, *info.shape)
-        finite = bool(np.isfinite(packed.scales).all() and (packed.mins is None or np.isfinite(packed.mins).all()))
+        sound = finite(packed.scales) and (packed.mins is None or finite(packed.mins))
         weight = _reorder_rows(name, config, to_rotate_half, packed)
     else:
-        plain = read_tensor(header, stored)
-        finite = bool(torch.isfinite(plain).all())
-        plain = _reorder(name, config, to_rotate_half, plain).contiguous()
-        weight = (plain.view(torch.uint16) if plain.dtype == torch.bfloat16 else plain).numpy()
-    if not finite:
+        plain = read_array(header, stored)
+        sound = finite(plain)
+        weight = np.ascontiguousarray(_reorder(name, config, to_rotate_half, plain))
+    if not sound:
         raise UserError(f"{header.path}: tensor {stored!r} holds values that are not finite; get the file again")
     return weight
 
@@ -234,20 +238,20 @@ def _magnitude(factor: float) -> float:
 
 def _read_llama3(header: Header, config: ModelConfig) -> dict[str, Any]:
     """The scaling whose divisors are in ``rope_freqs.weight``, or an error where no such scaling gives them."""
-    divisors = read_tensor(header, "rope_freqs.weight").float()
-    if divisors.shape != (config.head_dim // 2,) or not torch.isfinite(divisors).all() or divisors.min() <= 0:
+    divisors = read_tensor(header, "rope_freqs.weight").float().numpy()
+    if divisors.shape != (config.head_dim // 2,) or not np.isfinite(divisors).all() or divisors.min() <= 0:
         raise UserError(f"{header.path}: tensor 'rope_freqs.weight' does not hold {config.head_dim // 2} factors")
     scaling: dict[str, Any] = {"rope_type": "llama3"}
     for name, value in {"factor": float(divisors.max()), **LLAMA3}.items():
         scaling[name] = header.metadata.get(OWN + name, value)
         if isinstance(scaling[name], bool) or not isinstance(scaling[name], int | float) or scaling[name] <= 0:
             raise UserError(f"{header.path}: key '{OWN + name}' must be a positive number")
-    if not torch.allclose(_divisors(replace(config, rope_scaling=scaling)), divisors, rtol=1e-5):
+    if not np.allclose(_divisors(replace(config, rope_scaling=scaling)), divisors, rtol=1e-5):
         raise UserError(f"{header.path}: the factors in 'rope_freqs.weight' are not Llama 3's: not supported")
     return scaling
 
 
-def _divisors(config: ModelConfig) -> Tensor:
+def _divisors(config: ModelConfig) -> np.ndarray:
     """What llama.cpp divides each frequency by: ``[Dh / 2]``."""
     return rope_frequencies(replace(config, rope_scaling=None))[0] / rope_frequencies(config)[0]
 
@@ -274,7 +278,9 @@ def write_gguf(
     """
     if type not in WRITABLE:
         raise UserError(f"GGUF type {type!r} cannot be written: choose one of {', '.join(WRITABLE)}")
-    config, given = (model.config, model.state_dict()) if isinstance(model, Llama) else model
+    import torch
+
+    config, given = model if isinstance(model, tuple) else (model.config, model.state_dict())
     exact = {}  # name -> the format that holds it as it is
     for key, weight in given.items():
         if isinstance(weight, QuantTensor) and type in PACK and (own := own_kind(weight)):
@@ -287,7 +293,7 @@ def write_gguf(
             state[key] = one
     check_shapes(config, {key: tuple(one.shape) for key, one in state.items()}, "the model to write")
     if not exact:
-        state = dict(state_of({key: one for key, one in state.items() if isinstance(one, Tensor)}, config))
+        state = dict(state_of({key: one for key, one in state.items() if not isinstance(one, QuantTensor)}, config))
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}: they do not belong "
@@ -301,8 +307,8 @@ def write_gguf(
         elif len(tensor.shape) == 1:
             kinds[key] = "F32"
         elif exact:  # what was kept beside packed matrices was kept for a reason
-            dtype = tensor.dtype if isinstance(tensor, Tensor) else torch.float32
-            kinds[key] = next((kind for kind, one in PLAIN.items() if one == dtype), "F32")
+            dtype = torch.float32 if isinstance(tensor, QuantTensor) else tensor.dtype
+            kinds[key] = next((kind for kind, one in TORCH.items() if getattr(torch, one) == dtype), "F32")
         else:
             kinds[key] = "Q8_0" if outer and type in PACK else type
         block = FORMATS[kinds[key]].block
@@ -327,7 +333,7 @@ def write_gguf(
     def data(stored: str) -> np.ndarray:
         if stored == "rope_freqs.weight":
             assert divisors is not None
-            return pack(divisors, "F32", stored)
+            return pack(torch.from_numpy(divisors), "F32", stored)
         key = sources[stored]
         weight = state[key]
         if isinstance(weight, QuantTensor):

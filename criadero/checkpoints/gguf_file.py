@@ -14,14 +14,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from criadero.checkpoints.ggml import FORMATS, unpack
+from criadero.checkpoints.ggml import FORMATS, unpack, unpack_array
 from criadero.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ALIGNMENT = 32
 HEADER_LIMIT = 1 << 28  # bytes of keys and tensor table; a 256k vocabulary with merges takes about 10 MB
@@ -198,6 +200,12 @@ def read_bytes(header: Header, name: str) -> NDArray[np.uint8]:
     if len(raw) != info.size:
         raise UserError(f"{header.path}: the file shrank while it was read; get the file again")
     return raw
+
+
+def read_array(header: Header, name: str) -> np.ndarray:
+    """One tensor; see `criadero.checkpoints.ggml.unpack_array`."""
+    info = header.tensors[name]
+    return unpack_array(read_bytes(header, name), info.kind, info.shape)
 
 
 def read_tensor(header: Header, name: str) -> Tensor:

@@ -8,16 +8,23 @@ using q's number for both gives a model that still speaks, but nonsense.
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Rows = TypeVar("Rows", "Tensor", np.ndarray)
 
 
-def to_rotate_half(weight: Tensor, heads: int) -> Tensor:
+def to_rotate_half(weight: Rows, heads: int) -> Rows:
     """Interleaved -> rotate-half. ``weight`` ``[heads * Dh, D]``."""
     rows, columns = weight.shape
-    return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
+    return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def to_interleaved(weight: Tensor, heads: int) -> Tensor:
+def to_interleaved(weight: Rows, heads: int) -> Rows:
     """Rotate-half -> interleaved; undoes `to_rotate_half`."""
     rows, columns = weight.shape
-    return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
+    return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)

@@ -11,16 +11,16 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from criadero.checkpoints.layout import to_rotate_half
 from criadero.checkpoints.safetensors_hf import read_files, read_json
 from criadero.checkpoints.states import check_shapes
+from criadero.config import ModelConfig
 from criadero.errors import UserError
-from criadero.model import ModelConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OUTER = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
@@ -54,6 +54,8 @@ def read_meta(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     ``params.json`` does not say everything: whether the embeddings are tied is seen from the weights; the context length
     and Llama 3.x's scaling factor follow from the published models (see `_context_length`, `_scaling`).
     """
+    import torch
+
     folder = Path(folder)
     params = read_json(folder / "params.json")
     unknown = sorted(set(params) - READ - HARMLESS)
@@ -125,6 +127,8 @@ def _hf_name(name: str) -> str:
 
 def _join(parts: list[dict[str, Tensor]], params: dict[str, Any], folder: Path) -> dict[str, Tensor]:
     """The ranks' pieces put together."""
+    import torch
+
     names = set(parts[0])
     for number, part in enumerate(parts):
         if set(part) != names:

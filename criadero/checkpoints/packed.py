@@ -17,12 +17,9 @@ import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from criadero.checkpoints.safetensors_hf import (
     legacy_config,
@@ -34,9 +31,13 @@ from criadero.checkpoints.safetensors_hf import (
     write_json,
 )  # fmt: skip
 from criadero.checkpoints.states import check_shapes, check_tie, expected_shapes
+from criadero.config import ModelConfig
 from criadero.errors import UserError
-from criadero.kernels.formats import QuantTensor
-from criadero.model import ModelConfig
+from criadero.kernels.formats import QuantTensor, floats
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Weight = QuantTensor | np.ndarray  # an array: float32, float16, or uint16 that holds the bits of bfloat16
 PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
@@ -96,8 +97,8 @@ def read_quantised(folder: str | Path) -> tuple[ModelConfig, dict[str, Weight]]:
     for name, group in _tables(values, folder / "config.json").items():
         state[name] = _table(state.get(name), group, f"{folder}: {name}")
     if config.tie_word_embeddings and (head := state.pop("lm_head.weight", None)) is not None:
-        table = state["model.embed_tokens.weight"]
-        check_tie(config, {"lm_head.weight": to_torch(head), "model.embed_tokens.weight": to_torch(table)}, str(folder))
+        pair = {"lm_head.weight": floats(head), "model.embed_tokens.weight": floats(state["model.embed_tokens.weight"])}
+        check_tie(config, pair, str(folder))
     return config, {name: state[name] for name, _ in expected_shapes(config)}
 
 
@@ -109,13 +110,15 @@ def dequantised_state(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor
 
 def to_torch(weight: Weight) -> Tensor:
     """Any weight as float32 ``[N, K]`` or ``[N]``."""
-    if isinstance(weight, QuantTensor):
-        return torch.from_numpy(weight.dequantise())
-    return as_tensor(weight).float()
+    import torch
+
+    return torch.from_numpy(np.array(floats(weight)))  # copied, since a mapped one cannot be written to
 
 
 def as_tensor(array: np.ndarray) -> Tensor:
     """An array as a tensor of its own dtype; uint16 is bfloat16. Copied, since a mapped one cannot be written to."""
+    import torch
+
     copy = torch.from_numpy(np.array(array))
     return copy.view(torch.bfloat16) if array.dtype == np.uint16 else copy
 
@@ -231,34 +234,35 @@ def _tables(values: dict[str, Any], where: Path) -> dict[str, int]:
 def _table(array: Weight | None, group: int, what: str) -> QuantTensor:
     if array is None or isinstance(array, QuantTensor) or array.shape[1] % group:
         raise UserError(f"{what} is not a plain table in groups of {group}, as config.json says")
-    found = int8_of_table(as_tensor(array), group)
+    found = int8_of_table(array, group)
     if found is None:
         raise UserError(f"{what} does not hold 8-bit numbers with scales of powers of two, as config.json says")
     return found
 
 
-def int8_of_table(table: Tensor, group: int) -> QuantTensor | None:
+def int8_of_table(table: np.ndarray, group: int) -> QuantTensor | None:
     """The int8 numbers of a table ``[N, K]`` that was made by `power_of_two`; None when it was not."""
     rounded = power_of_two(table, group)
-    return rounded if torch.equal(torch.from_numpy(rounded.dequantise()), table.float()) else None
+    return rounded if np.array_equal(rounded.dequantise(), floats(table)) else None
 
 
-def power_of_two(table: Tensor, group: int) -> QuantTensor:
-    """A table ``[N, K]`` as int8 numbers in groups, scales being the smallest powers of two that fit."""
+def power_of_two(table: np.ndarray, group: int) -> QuantTensor:
+    """A table ``[N, K]`` (float32, float16, or bits of bfloat16) as int8 numbers in groups, scales being the smallest
+    powers of two that fit."""
     rows, columns = table.shape
     q = np.empty((rows, columns), np.int8)
     scales = np.empty((rows, columns // group), np.float16)
     step = max(1, (1 << 22) // columns)
     for start in range(0, rows, step):
-        w = table[start : start + step].float().reshape(-1, columns // group, group)  # [n, groups, group]
-        largest = w.abs().amax(-1)
-        # 127.5 and more would round to 128, one too many
-        exponent = torch.frexp(largest * (128 / 127.5)).exponent - 7
-        scale = torch.ldexp(torch.ones_like(largest), exponent.clamp(min=-24))
-        if not scale.max() <= 2**15:
+        w = floats(table[start : start + step]).reshape(-1, columns // group, group)  # [n, groups, group]
+        largest = np.abs(w).max(-1)
+        if not largest.max() < 2**22:  # so that the scales are float16
             raise UserError("the embedding table holds values that are too large or not finite: the model is damaged")
-        q[start : start + step] = (w / scale[..., None]).round().clamp(-127, 127).to(torch.int8).reshape(-1, columns)
-        scales[start : start + step] = scale.numpy().astype(np.float16)
+        # 127.5 and more would round to 128, one too many
+        exponent = np.frexp(largest * np.float32(128 / 127.5))[1] - 7
+        scale = np.ldexp(np.float32(1), exponent.clip(min=-24))
+        q[start : start + step] = np.rint(w / scale[..., None]).clip(-127, 127).astype(np.int8).reshape(-1, columns)
+        scales[start : start + step] = scale.astype(np.float16)
     return QuantTensor(8, group, q, scales)
 
 
@@ -279,6 +283,9 @@ def write_quantised(
     Plain matrices are stored as ``dtype``, norms in their own. An int8 embedding table is stored plain (see the head of this file) unless
     ``pack_tables``, which only Criadero opens. The folder is the caller's.
     """
+    import torch
+    from safetensors.torch import save_file
+
     folder = Path(folder)
     shapes = {name: tuple(weight.shape) for name, weight in state.items()}
     check_shapes(config, shapes, "the model to write")
@@ -326,6 +333,8 @@ def write_quantised(
 
 def exact(table: QuantTensor, dtype: torch.dtype) -> Tensor:
     """A table as plain numbers of ``dtype``, which must hold them exactly."""
+    import torch
+
     wide = torch.from_numpy(table.dequantise())
     narrow = wide.to(dtype)
     if not torch.equal(narrow.float(), wide):
@@ -334,6 +343,8 @@ def exact(table: QuantTensor, dtype: torch.dtype) -> Tensor:
 
 
 def _pack(module: str, weight: QuantTensor) -> dict[str, Tensor]:
+    import torch
+
     if weight.mins is not None:
         raise ValueError(f"{module}: minimums have no place in the symmetric layout")
     numbers = weight.q if weight.bits == 4 else weight.q.view(np.uint8) ^ 0x80

@@ -12,24 +12,24 @@ import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from criadero.checkpoints.states import check_shapes, check_tie, state_of, stored_dtype
+from criadero.config import ModelConfig
 from criadero.errors import UserError
-from criadero.model import Llama, ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from criadero.model import Llama
 
 HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
-WEIGHTS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in WEIGHTS.values()}
+WEIGHTS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}  # names of torch's dtypes
 
 
 def read_json(path: Path, limit: int = HEADER_LIMIT) -> dict[str, Any]:
@@ -127,6 +127,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 def read_files(paths: list[Path], *, device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """All tensors of some safetensors files, floating-point ones only."""
+    from safetensors import safe_open
+
     headers = {path: read_safetensors_header(path) for path in paths}
     owner: dict[str, Path] = {}
     for path, header in headers.items():
@@ -161,6 +163,13 @@ def read_hf(folder: str | Path, *, device: str | torch.device = "cpu") -> tuple[
 # --- writing ---
 
 
+def _dtype_name(dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    if name not in WEIGHTS.values():
+        raise UserError(f"weights cannot be stored as {dtype}: choose {', '.join(sorted(WEIGHTS.values()))}")
+    return name
+
+
 def legacy_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     """``config.json`` that transformers 4.3x to 5.x read alike.
 
@@ -169,7 +178,7 @@ def legacy_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     made to agree: the original length is left out where it equals the maximum (both then read it so), and otherwise
     max_position_embeddings, which enters no computation of ours, becomes factor times the original.
     """
-    values = config.to_hf() | {"torch_dtype": NAMES[dtype]}
+    values = config.to_hf() | {"torch_dtype": _dtype_name(dtype)}
     scaling = values["rope_scaling"]
     if scaling and scaling["rope_type"] == "yarn" and scaling.get("original_max_position_embeddings"):
         original = scaling["original_max_position_embeddings"]
@@ -204,11 +213,12 @@ def save_hf(
     ``dtype`` default: the weights' own. More than ``max_shard_bytes`` become shards with an index. The folder is the
     caller's (a `Draft`'s, usually), which makes the whole appear at once.
     """
+    from safetensors.torch import save_file
+
     folder = Path(folder)
     state = state_of(model_or_state, config)
     dtype = dtype or stored_dtype(state)
-    if dtype not in NAMES:
-        raise UserError(f"weights cannot be stored as {dtype}: choose {', '.join(sorted(NAMES.values()))}")
+    _dtype_name(dtype)  # refused before anything is written
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in state.items():

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from criadero.config import ModelConfig
 from criadero.errors import UserError
-from criadero.model import Llama, ModelConfig
+
+if TYPE_CHECKING:  # this package reads for the native engine too, which does without torch
+    import torch
+    from torch import Tensor
+
+    from criadero.model import Llama
 
 
 def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -59,10 +65,13 @@ def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], whe
         raise UserError(f"{where}: tensor {extra[0]}{more} is not part of a Llama of this configuration")
 
 
-def check_tie(config: ModelConfig, state: Mapping[str, Tensor], where: str) -> None:
+def check_tie(config: ModelConfig, state: Mapping[str, Tensor] | Mapping[str, np.ndarray], where: str) -> None:
     """A tied model that stores its output matrix too must store the same numbers."""
     head = state.get("lm_head.weight")
-    if config.tie_word_embeddings and head is not None and not torch.equal(head, state["model.embed_tokens.weight"]):
+    if not config.tie_word_embeddings or head is None:
+        return
+    same: Any = head == state["model.embed_tokens.weight"]
+    if not same.all():
         raise UserError(
             f"{where}: tie_word_embeddings is true, but lm_head.weight differs from the embeddings: "
             "set it to false in config.json if the model was trained untied"
@@ -85,6 +94,10 @@ def build(
     device: str | torch.device = "cpu",
 ) -> Llama:
     """A model that holds ``state`` (checked before with `check_shapes`) in one dtype: by default most weights' own."""
+    import torch
+
+    from criadero.model import Llama
+
     dtype = dtype or stored_dtype(state)
     with torch.device("meta"):
         model = Llama(config)
@@ -99,7 +112,7 @@ def build(
 
 def state_of(model_or_state: Llama | Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The tensors to store: detached, in the canonical order, without the second name of a tied matrix."""
-    state = model_or_state.state_dict() if isinstance(model_or_state, Llama) else model_or_state
+    state = model_or_state if isinstance(model_or_state, Mapping) else model_or_state.state_dict()
     check_shapes(config, {name: tuple(tensor.shape) for name, tensor in state.items()}, "the model to write")
     check_tie(config, state, "the model to write")
     return {name: state[name].detach() for name, _ in expected_shapes(config)}

@@ -27,7 +27,7 @@ SHARE = 0.25  # of the free memory, for the cache, when nothing is said
 
 
 if TYPE_CHECKING:
-    from criadero.config import ModelConfig as Shape  # or what has its fields: config.py imports torch
+    from criadero.config import ModelConfig as Shape  # or what has its fields: config.py imports numpy
 
 
 def parameters(shape: Shape) -> int:

@@ -10,20 +10,22 @@ import mmap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from criadero.artifact import Artifact, resolve
-from criadero.checkpoints import ADAPTER, adapter_base, load_config
+from criadero.checkpoints import ADAPTER, adapter_base, load_config, load_model
+from criadero.checkpoints.adapter_file import beside_a_base
 from criadero.checkpoints.states import check_shapes, expected_shapes
 from criadero.config import ModelConfig, rope_frequencies
 from criadero.engine.runner import NO_ADAPTER, PAGE, AdapterTensors, StepBatch
 from criadero.errors import UserError
 from criadero.kernels import level, native, pack, physical_cores
-from criadero.kernels.formats import QuantTensor, describe
+from criadero.kernels.formats import QuantTensor, bf16, describe, floats
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Weight = QuantTensor | np.ndarray  # an array: float32, float16, or uint16 that holds the bits of bfloat16
 Load = Callable[[str], Weight]  # by Hugging Face's name of the tensor; once each
@@ -74,13 +76,22 @@ class NativeRunner:
         path = resolve(ref)
         base = adapter_base(path) if path.is_dir() and (path / ADAPTER).is_file() else None
         own: AdapterTensors = {}
+        load: Load | None = None
         if base is not None:
             from criadero.engine.adapters import read_adapter
 
-            own = read_adapter(path, self, base)[0]
+            if beside_a_base(path):  # it cannot stand beside the base
+                load, base = dict(_arrays(load_model(path).state_dict())).pop, None
+            else:
+                own = read_adapter(path, self, base)[0]
         self._model = _new_model(self.config, self.threads)
         kinds, self._own = _fill(
-            self._model, self.config, open_weights(base or path, self.threads)[1], WEIGHTS[weights], own, self.threads
+            self._model,
+            self.config,
+            load or open_weights(base or path, self.threads)[1],
+            WEIGHTS[weights],
+            own,
+            self.threads,
         )
         self.name = f"native {level()} {kinds.most_common(1)[0][0]}"
         kind = KV[kv]
@@ -198,7 +209,7 @@ def _fill(
         return made
 
     frequencies, factor = rope_frequencies(config)
-    model.set_rope(frequencies.numpy(), factor)
+    model.set_rope(frequencies, factor)
     # the largest first: while there is little else, there is room for it twice
     outer = ("lm_head.weight", EMBEDDING)
     names = sorted((name for name, _ in expected_shapes(config)), key=lambda name: name not in outer)
@@ -214,12 +225,12 @@ def _fill(
         elif name == "lm_head.weight":
             model.set_head(packed(name, weight))
         elif name == "model.norm.weight":
-            model.set_norm(0, "final", _floats(weight))
+            model.set_norm(0, "final", floats(weight))
         else:
             _, _, number, inner = name.removesuffix(".weight").split(".", 3)  # model.layers.3.self_attn.q_proj
             layer = int(number)
             if inner in NORMS:
-                model.set_norm(layer, NORMS[inner], _floats(weight))
+                model.set_norm(layer, NORMS[inner], floats(weight))
                 continue
             key = layer, SLOT_OF[inner]
             if key in own and not isinstance(weight, QuantTensor):
@@ -240,35 +251,23 @@ def converted(weight: Weight, form: str) -> Weight:
     if isinstance(weight, QuantTensor) and form == f"int{weight.bits}":
         return weight
     if form in ("int8", "int4"):
+        import torch
+
         from criadero.quantization.rounding import round_matrix
 
         columns = weight.shape[1]
         group = 32 if columns % 32 == 0 else columns  # one scale a row is for 8 bits only
-        return round_matrix(torch.from_numpy(_floats(weight)), 4 if form == "int4" and group == 32 else 8, group)
+        return round_matrix(torch.from_numpy(floats(weight)), 4 if form == "int4" and group == 32 else 8, group)
     if not isinstance(weight, QuantTensor) and weight.dtype == (np.uint16 if form == "bf16" else np.float32):
         return weight
-    return _floats(weight) if form == "f32" else _bf16(_floats(weight))
-
-
-def _floats(weight: Weight) -> np.ndarray:
-    """Any weight as float32."""
-    if isinstance(weight, QuantTensor):
-        return weight.dequantise()
-    if weight.dtype == np.uint16:
-        return (weight.astype(np.uint32) << 16).view(np.float32)
-    return np.ascontiguousarray(weight, np.float32)
-
-
-def _bf16(weight: np.ndarray) -> np.ndarray:
-    """float32 -> the bits of bfloat16 as uint16, to nearest."""
-    return torch.from_numpy(weight).to(torch.bfloat16).view(torch.uint16).numpy()
+    return floats(weight) if form == "f32" else bf16(floats(weight))
 
 
 def _merged(weight: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """W + B A in the dtype of W, rounded once, as `criadero.lora.merge` does."""
-    whole = _floats(weight) + b @ a  # [N, K]
+    whole = floats(weight) + b @ a  # [N, K]
     if weight.dtype == np.uint16:
-        return _bf16(whole)
+        return bf16(whole)
     return whole.astype(weight.dtype)
 
 
@@ -322,9 +321,10 @@ def open_weights(path: Path, threads: int = 1) -> tuple[ModelConfig, Load]:
 
 def _open_gguf(path: Path, threads: int) -> tuple[ModelConfig, Load]:
     """The tensors of a GGUF file, unpacked from the mapped file by all threads; see `criadero.checkpoints.ggml_quantised`."""
+    from criadero.checkpoints.ggml import finite
     from criadero.checkpoints.ggml_quantised import KEPT
     from criadero.checkpoints.gguf import _reorder, gguf_name, hf_name, read_gguf_config
-    from criadero.checkpoints.gguf_file import read_header, read_tensor
+    from criadero.checkpoints.gguf_file import read_array, read_header
     from criadero.checkpoints.layout import to_rotate_half
 
     header = read_header(path)
@@ -347,10 +347,10 @@ def _open_gguf(path: Path, threads: int) -> tuple[ModelConfig, Load]:
     def load(name: str) -> Weight:
         info = header.tensors[gguf_name(name)]
         if info.kind not in KEPT or len(info.shape) != 2:
-            plain = _reorder(name, config, to_rotate_half, read_tensor(header, info.name))
-            if not torch.isfinite(plain).all():
+            plain = read_array(header, info.name)
+            if not finite(plain):
                 raise UserError(f"{path}: tensor {info.name!r} holds values that are not finite; get the file again")
-            return next(_arrays({name: plain}))[1]
+            return np.ascontiguousarray(_reorder(name, config, to_rotate_half, plain))
         raw, order = whole[info.offset : info.offset + info.size], heads.get(name.split(".")[-2], 0)
         bits, group = (4, 32) if info.kind in ("Q4_0", "Q4_K") else (8, 16 if info.kind == "Q6_K" else 32)
         rows, columns = info.shape
@@ -362,7 +362,7 @@ def _open_gguf(path: Path, threads: int) -> tuple[ModelConfig, Load]:
         mins = take("mins", rows, columns // group, np.float32) if info.kind == "Q4_K" else None
         native().repack_ggml(info.kind, raw, rows, columns, order, threads, q, scales, mins)  # type: ignore[union-attr]
         _forget(raw)
-        if not (np.isfinite(scales).all() and (mins is None or np.isfinite(mins).all())):
+        if not (finite(scales) and (mins is None or finite(mins))):
             raise UserError(f"{path}: tensor {info.name!r} holds values that are not finite; get the file again")
         return QuantTensor(bits, group, q, scales, mins)
 
@@ -394,12 +394,14 @@ def map_folder(folder: Path, config: ModelConfig) -> dict[str, Weight]:
     check_shapes(config, {name: tuple(weight.shape) for name, weight in state.items()}, str(folder))
     if config.tie_word_embeddings and (head := state.pop("lm_head.weight", None)) is not None:
         pair = {"lm_head.weight": head, "model.embed_tokens.weight": state["model.embed_tokens.weight"]}
-        check_tie(config, {name: torch.from_numpy(_floats(weight)) for name, weight in pair.items()}, str(folder))
+        check_tie(config, {name: floats(weight) for name, weight in pair.items()}, str(folder))
     return state
 
 
 def _arrays(state: Mapping[str, Tensor]) -> Iterator[tuple[str, np.ndarray]]:
     """Tensors as arrays of the same memory, bfloat16 as its bits."""
+    import torch
+
     for name, tensor in state.items():
         tensor = tensor.detach().contiguous()
         yield name, (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -96,6 +96,22 @@ def pack_nibbles(numbers: np.ndarray) -> np.ndarray:
     return numbers[:, 0::2] | (numbers[:, 1::2] << 4)
 
 
+def floats(weight: QuantTensor | np.ndarray) -> np.ndarray:
+    """Any weight as float32, contiguous; an array of uint16 holds the bits of bfloat16."""
+    if isinstance(weight, QuantTensor):
+        return weight.dequantise()
+    if weight.dtype == np.uint16:
+        return (weight.astype(np.uint32) << 16).view(np.float32)
+    return np.ascontiguousarray(weight, np.float32)
+
+
+def bf16(weight: np.ndarray) -> np.ndarray:
+    """float32 -> the bits of bfloat16 as uint16, to nearest, ties to even."""
+    bits = np.ascontiguousarray(weight, np.float32).view(np.uint32)
+    rounded = ((bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    return np.where(np.isnan(weight), np.uint16(0x7FC0), rounded)
+
+
 def describe(tensor: Any) -> str:
     """`int4 g32`, `int4 g32 with minimums`, `int8 g128`, `int8 per row`; `float32` and the like for an array."""
     if not isinstance(tensor, QuantTensor):

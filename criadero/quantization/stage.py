@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import math
 import time
@@ -95,7 +94,7 @@ def quantize(recipe: QuantizeRecipe, out: Path, *, overwrite: bool = False, resu
     tokenizer = tokenizer_of(source)
     with create(
         out, kind="quantised", name=recipe.model_name or None, licence=recipe.model_licence or declared,
-        config={"stage": "quantize", **dataclasses.asdict(recipe)}, seeds={"seed": recipe.seed}, overwrite=overwrite,
+        recipe=recipe, seeds={"seed": recipe.seed}, overwrite=overwrite,
     ) as draft:  # fmt: skip
         draft.add_input("quantised_from", recipe.model)
         if source.is_dir() and (source / ADAPTER).is_file():
@@ -303,7 +302,7 @@ def _tables(recipe: QuantizeRecipe, state: dict[str, Tensor | QuantTensor], conf
     if not kept(TABLE) and (HEAD not in state or recipe.table == "packed"):
         table = wide(state[TABLE])
         packed = recipe.table == "packed"
-        state[TABLE] = round_matrix(table, 8, group, what=TABLE) if packed else power_of_two(table, group)
+        state[TABLE] = round_matrix(table, 8, group, what=TABLE) if packed else power_of_two(table.numpy(), group)
 
 
 def _narrow(state: dict[str, Tensor | QuantTensor], dtype: torch.dtype) -> None:
