@@ -33,7 +33,7 @@ from criadero.passport import LINEAGE as _LINEAGE
 from criadero.passport import MARK as _MARK
 from criadero.passport import PASSPORT as _PASSPORT
 from criadero.passport import UNSEALED as _UNSEALED
-from criadero.recipe import canonical_json, digest, plain
+from criadero.recipe import canonical_json, digest, plain, stage_name, to_toml
 
 KINDS = (
     "dataset", "tokenizer", "tokens", "base", "chat", "adapter", "model", "quantised", "index", "audit", "policy",
@@ -344,7 +344,8 @@ def create(
     *,
     kind: str,
     name: str | None = None,
-    config: Mapping[str, Any],
+    recipe: Any = None,
+    config: Mapping[str, Any] | None = None,
     inputs: Sequence[Input] = (),
     seeds: Mapping[str, int] | None = None,
     licence: str | None = None,
@@ -353,7 +354,8 @@ def create(
 ) -> Iterator[Draft]:
     """Make an artifact at `out`; the folder of that name appears whole, when the block is left cleanly.
 
-    `config` is the resolved recipe (``dataclasses.asdict``). `overwrite` allows an artifact (never another folder) at
+    `recipe` is a stage's recipe: it is kept as ``recipe.toml`` and, with the stage's name, as the passport's ``step.config``; what is
+    made without one gives its settings as `config`. `overwrite` allows an artifact (never another folder) at
     `out` to be replaced, which happens after the new one is sealed. `resume` goes on in the ``OUT.partial`` of a run
     with the same settings that holds ``resume/``. Left by an exception, ``OUT.partial`` is removed unless it holds
     ``resume/``. UserError: `out` exists, cannot be written, or the disk is full.
@@ -366,7 +368,9 @@ def create(
     partial = _partial(out)
     absent = [folder for folder in out.parents if not folder.exists()]
     plain([str(out), name])  # text that the passport can hold? asked before the work
-    settings = {"kind": kind, "config": plain(config)}
+    if recipe is not None:
+        config = {"stage": stage_name(type(recipe)), **dataclasses.asdict(recipe)}
+    settings = {"kind": kind, "config": plain(config or {})}
     try:
         with disk_errors(out):
             _check_free(out, overwrite)
@@ -395,6 +399,10 @@ def create(
             }
             step |= {"env": machine.environment(), "hardware": machine.hardware(), "energy": energy.stop()}
             step |= {"started": started, "ended": _now()} | draft.step
+            if recipe is not None:
+                # "./x" was meant from where the stage ran; in a recipe file it would mean beside that file
+                text = to_toml(recipe).replace('"./', '"')
+                (partial / "recipe.toml").write_text(text, encoding="utf-8")
             _seal(draft, out, kind, name or out.name, licence, step)
     except BaseException as error:
         if _has_files(partial / "resume"):

@@ -62,7 +62,7 @@ def merge(recipe: MergeRecipe, out: str | Path, *, overwrite: bool = False, resu
     names = [*recipe.models, *([recipe.base] if recipe.base else [])]
     paths = [resolve(name) for name in names]
     with create(
-        out, kind="chat", name=recipe.model_name or None, config={"stage": "merge", **dataclasses.asdict(recipe)},
+        out, kind="chat", name=recipe.model_name or None, recipe=recipe,
         seeds={"seed": recipe.seed}, licence=recipe.model_licence or None, overwrite=overwrite,
     ) as draft:  # fmt: skip
         for name in recipe.models:

@@ -11,7 +11,8 @@ import pytest
 from criadero.artifact import verify
 from criadero.data.build import DataRecipe, Source, build_data, find_sources, parse_condition, read_dataset
 from criadero.errors import UserError
-from criadero.recipe import parse, read_toml
+from criadero.recipe import parse, plain, read_toml
+from criadero.run import read_recipe
 
 SENTENCES = [
     "The old man walked down to the river every morning with his dog.",
@@ -109,6 +110,15 @@ def _unpacked(path: Path) -> list[str]:
     import zstandard
 
     return zstandard.ZstdDecompressor().stream_reader(path.open("rb")).read().decode().splitlines()
+
+
+def test_the_recipe_is_kept_and_can_be_run_again(root: Path, tmp_path: Path) -> None:
+    asked = recipe(root)
+    artifact = build_data(asked, tmp_path / "out")
+    kept = artifact.path / "recipe.toml"
+    assert parse(DataRecipe, read_recipe(kept, "data"), where="") == asked
+    assert next(row["role"] for row in artifact.files if row["path"] == "recipe.toml") == "recipe"
+    assert artifact.passport["step"]["config"] == {"stage": "data", **plain(dataclasses.asdict(asked))}
 
 
 def test_same_recipe_same_bytes(root: Path, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def build_data(recipe: DataRecipe, out: str | Path, *, overwrite: bool = False, 
     with create(
         out,
         kind="dataset",
-        config=dataclasses.asdict(recipe),
+        recipe=recipe,
         seeds={"data": recipe.seed},
         overwrite=overwrite,
         licence=None,

@@ -7,7 +7,6 @@ pretraining recipe's ``mix``, so that one tokens artifact serves many mixes.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import sys
@@ -63,7 +62,7 @@ def build_tokens(recipe: TokensRecipe, out: str | Path, *, overwrite: bool = Fal
     elif has_chats:
         template = load_template(folder)
     dtype = np.dtype("<u2" if tokenizer.vocab_size < 65536 else "<u4")
-    with create(out, kind="tokens", config=dataclasses.asdict(recipe), overwrite=overwrite) as draft:
+    with create(out, kind="tokens", recipe=recipe, overwrite=overwrite) as draft:
         draft.add_input("converted_from", recipe.data)
         encoded_by = draft.add_input("tokenizer_of", recipe.tokenizer)
         sources: dict[tuple[str, str, str], int] = {}  # (name, lang, kind) -> source number

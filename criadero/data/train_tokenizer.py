@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -49,9 +48,7 @@ def build_tokenizer(
             f"vocab_size {recipe.vocab_size}: at least {least} are needed (256 bytes, {len(SPECIAL)} special tokens)"
         )
     template = builtin_template(recipe.template)
-    with create(
-        out, kind="tokenizer", config=dataclasses.asdict(recipe), seeds={"sample": recipe.seed}, overwrite=overwrite
-    ) as draft:
+    with create(out, kind="tokenizer", recipe=recipe, seeds={"sample": recipe.seed}, overwrite=overwrite) as draft:
         draft.add_input("trained_on", recipe.data)
         draft.data["sample"] = {}
         texts = sample(recipe, draft.data["sample"])

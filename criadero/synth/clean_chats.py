@@ -7,7 +7,6 @@ What happened to how many is counted. (FastChat's ``data/clean_sharegpt.py``, ``
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -77,7 +76,7 @@ def clean_chats(recipe: CleanChatsRecipe, out: str | Path, *, overwrite: bool = 
     measure, context = _ruler(recipe)
     tally, counts = Tally(), Counter[str]()
     with create(
-        out, kind="dataset", config={"stage": "clean_chats", **dataclasses.asdict(recipe)}, seeds={"seed": recipe.seed},
+        out, kind="dataset", recipe=recipe, seeds={"seed": recipe.seed},
         licence=recipe.licence or None, overwrite=overwrite,
     ) as draft:  # fmt: skip
         names = {file: source_name(file, files) for file in files}

@@ -118,7 +118,7 @@ def document_questions(
     terms = check_terms(teacher, recipe) if teacher else []
     tally, counts = Tally(), Counter[str]()
     with create(
-        out, kind="dataset", config={"stage": "document_questions", **dataclasses.asdict(recipe)}, seeds={"seed": recipe.seed},
+        out, kind="dataset", recipe=recipe, seeds={"seed": recipe.seed},
         inputs=teacher.inputs if teacher else (), licence=recipe.licence or None, overwrite=overwrite,
     ) as draft:  # fmt: skip
         for file in files:

@@ -93,7 +93,7 @@ def evol_instruct(
     terms = check_terms(teacher, recipe)
     tally = Tally()
     with create(
-        out, kind="dataset", config={"stage": SOURCE, **dataclasses.asdict(recipe)}, seeds={"seed": recipe.seed}, inputs=teacher.inputs,
+        out, kind="dataset", recipe=recipe, seeds={"seed": recipe.seed}, inputs=teacher.inputs,
         licence=recipe.licence or None, overwrite=overwrite,
     ) as draft:  # fmt: skip
         given = draft.add_input(

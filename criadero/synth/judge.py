@@ -68,8 +68,7 @@ def judge(recipe: JudgeRecipe, out: str | Path, *, overwrite: bool = False, resu
     items = read_questions(recipe.questions, limit=recipe.limit, language=recipe.language, reference=recipe.reference)
     teacher = open_teacher(recipe)
     names = [name for name in (recipe.a, recipe.b) if name]
-    config = {"stage": "judge", **dataclasses.asdict(recipe)}
-    with create(out, kind="audit", config=config, seeds={"seed": recipe.seed}, overwrite=overwrite) as draft:
+    with create(out, kind="audit", recipe=recipe, seeds={"seed": recipe.seed}, overwrite=overwrite) as draft:
         for one in teacher.inputs:  # the judge and its record: nothing of it is in a model
             draft.inputs.append(dataclasses.replace(one, relation="evaluated_on"))
         for name in (*names, recipe.questions):

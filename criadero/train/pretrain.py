@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -107,10 +106,9 @@ def pretrain(recipe: PretrainRecipe, out: Path, *, overwrite: bool = False, resu
     rows = max(1, min(recipe.micro_tokens, recipe.batch_tokens) // recipe.context)
     micro_batches = max(1, round(recipe.batch_tokens / (rows * recipe.context)))
     steps = math.ceil(recipe.tokens / (rows * micro_batches * recipe.context))
-    config_out = dataclasses.asdict(recipe)
     with create(
         out, kind="base", name=recipe.model_name or None, licence=recipe.model_licence or None,
-        config={"stage": "pretrain", **config_out}, seeds={"seed": recipe.seed}, overwrite=overwrite,
+        recipe=recipe, seeds={"seed": recipe.seed}, overwrite=overwrite,
         resume=resume,
     ) as draft:  # fmt: skip
         draft.add_input("trained_on", tokens_folder)

@@ -12,7 +12,6 @@ dates of documents, compressed by 256), ``unigrams.bin`` (uint64), ``index.json`
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import json
 import sys
 import time
@@ -53,7 +52,7 @@ def build_index(recipe: IndexRecipe, out: str | Path, *, overwrite: bool = False
         raise UserError(f"{tokens.path} is a {tokens.kind}, not tokens: make them with criadero data pack")
     about = json.loads((tokens.path / "tokens.json").read_text(encoding="utf-8"))
     dataset = dataset_of(tokens, recipe.data)
-    with create(out, kind="index", config=dataclasses.asdict(recipe), overwrite=overwrite) as draft:
+    with create(out, kind="index", recipe=recipe, overwrite=overwrite) as draft:
         draft.add_input("converted_from", recipe.tokens)
         if recipe.data:
             draft.add_input("contains", recipe.data)

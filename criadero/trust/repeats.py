@@ -6,7 +6,6 @@ counted, written, and left out when clean tokens are asked for (stage ``unique``
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -133,7 +132,7 @@ def build_unique(recipe: UniqueRecipe, out: str | Path, *, overwrite: bool = Fal
     tokens, index = open_artifact(recipe.tokens), open_index(recipe.index)
     if tokens_id(open_artifact(recipe.index)) != tokens.id:
         raise UserError(f"{recipe.index} is not an index of {recipe.tokens}: build one (criadero data index)")
-    with create(out, kind="tokens", config=dataclasses.asdict(recipe), overwrite=overwrite) as draft:
+    with create(out, kind="tokens", recipe=recipe, overwrite=overwrite) as draft:
         draft.add_input("converted_from", recipe.tokens)
         draft.add_input("contains", recipe.index)
         found = repeats(index, recipe.length)
