@@ -9,31 +9,18 @@ namespace criadero {
 
 namespace {
 
-// The low halves of 8 bytes, two to a byte
-uint32_t low_nibbles(const uint8_t* from) {
-    uint64_t x;
-    std::memcpy(&x, from, 8);
-    x &= 0x0f0f0f0f0f0f0f0full;
-    x = (x | x >> 4) & 0x00ff00ff00ff00ffull;
-    x = (x | x >> 8) & 0x0000ffff0000ffffull;
-    return static_cast<uint32_t>(x | x >> 16);
-}
-
-uint32_t high_nibbles(const uint8_t* from) {
-    uint64_t x;
-    std::memcpy(&x, from, 8);
-    uint8_t bytes[8];
-    x = x >> 4 & 0x0f0f0f0f0f0f0f0full;
-    std::memcpy(bytes, &x, 8);
-    return low_nibbles(bytes);
-}
+typedef uint16_t pairs8 __attribute__((vector_size(16)));  // 16 neighbouring bytes
+typedef uint8_t bytes8 __attribute__((vector_size(8)));
 
 // n bytes whose low halves are columns 0..n-1 and high halves n..2n-1
 void split(const uint8_t* from, int n, uint8_t* to) {
-    for (int i = 0; i < n; i += 8) {
-        const uint32_t low = low_nibbles(from + i), high = high_nibbles(from + i);
-        std::memcpy(to + i / 2, &low, 4);
-        std::memcpy(to + (n + i) / 2, &high, 4);
+    for (int i = 0; i < n; i += 16) {
+        pairs8 x;
+        std::memcpy(&x, from + i, 16);
+        const bytes8 low = __builtin_convertvector((x & 0x0f) | (x >> 4 & 0xf0), bytes8);
+        const bytes8 high = __builtin_convertvector((x >> 4 & 0x0f) | (x >> 8 & 0xf0), bytes8);
+        std::memcpy(to + i / 2, &low, 8);
+        std::memcpy(to + (n + i) / 2, &high, 8);
     }
 }
 
