@@ -1,12 +1,13 @@
 """The engine beside its peers on one model file, in one run, interleaved: load, prefill, decode at several batch sizes.
 
     python benchmarks/engine.py [--peer llama.cpp,transformers] [--shape tinyllama-1.1b] [--type Q4_0,Q4_K_M] [--model FILE.gguf]
-                                [--peer-python .peers/bin/python] [--rounds 5] [--threads 2] [--json]
+                                [--peer-python .peers/bin/python] [--rounds 5] [--loads 3] [--threads 2] [--json]
 
 Each side runs in a process of its own with the model loaded (benchmarks/engine_worker.py), the same token ids, and takes the largest
 logit of each sequence as the next token; the sides answer in turn, A B A B, and the ratio is of medians, with the spread of the rounds'
-own ratios. Models are files of random weights of a real shape (benchmarks/shapes.py), made once in ``--models``: for one type both sides
-read the same file. Memory bandwidth and arithmetic peak are probed in the same run, so that "share of the limit" is of this machine now.
+own ratios. Loading is measured in fresh processes, in turn too, each to its first token, with its peak memory. Models are files of
+random weights of a real shape (benchmarks/shapes.py), made once in ``--models``: for one type both sides read the same file. Memory
+bandwidth and arithmetic peak are probed in the same run, so that "share of the limit" is of this machine now.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ class Side:
     type: str
     process: subprocess.Popen
     peak_bytes: int = 0
+
+    def end(self) -> None:
+        self.process.terminate()
+        self.process.wait()
 
     def ask(self, **command: Any) -> float:
         assert self.process.stdin
@@ -82,6 +87,26 @@ def limits(threads: int) -> dict[str, float]:
     }
 
 
+def say(what: str) -> None:
+    """Progress, for who watches."""
+    print(time.strftime("%H:%M:%S ") + what, file=sys.stderr, flush=True)
+
+
+def measure_loads(wanted: list[tuple], loads: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds to the first token, one value a process, and the most memory of them."""
+    seconds: dict[str, list[float]] = {}
+    peaks: dict[str, int] = {}
+    for number in range(loads):
+        for one in wanted if number % 2 == 0 else wanted[::-1]:
+            side = start(*one)
+            name = f"{side.name} {side.type}"
+            seconds.setdefault(name, []).append(side.ask(do="load"))
+            peaks[name] = max(peaks.get(name, 0), side.peak_bytes)
+            side.end()
+            say(f"load {name}: {seconds[name][-1]:.2f} s, {side.peak_bytes / 1e6:,.0f} MB")
+    return seconds, peaks
+
+
 def measure(sides: list[Side], rounds: int, quick: bool) -> dict[str, dict[str, list[float]]]:
     """``[task][side]`` -> tokens a second, one value a round; sides in turn."""
     speeds: dict[str, dict[str, list[float]]] = {}
@@ -92,6 +117,7 @@ def measure(sides: list[Side], rounds: int, quick: bool) -> dict[str, dict[str, 
             for side in sides if number % 2 == 0 else sides[::-1]:
                 seconds = side.ask(**command)
                 speeds.setdefault(name, {}).setdefault(f"{side.name} {side.type}", []).append(tokens / seconds)
+        say(f"{name}: " + ", ".join(f"{side} {statistics.median(v):,.1f}" for side, v in speeds[name].items()))
     return speeds
 
 
@@ -104,6 +130,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path.home() / ".cache/criadero-benchmarks")
     parser.add_argument("--peer-python", default=str(HERE.parent / ".peers/bin/python"))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--loads", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="fewer steps a round")
     parser.add_argument("--json", action="store_true")
@@ -116,34 +143,31 @@ def main() -> None:
 
     types = [arguments.model.stem] if arguments.model else arguments.type.split(",")
     arguments.models.mkdir(parents=True, exist_ok=True)
-    sides: list[Side] = []
+    wanted: list[tuple] = []
     sizes: dict[str, int] = {}
     for type in types:
         file = arguments.model or write(arguments.shape, type, arguments.models / f"{arguments.shape}-{type}.gguf")
         sizes[type] = file.stat().st_size
-        sides.append(start("criadero", type, file, sys.executable, arguments.threads))
+        wanted.append(("criadero", type, file, sys.executable, arguments.threads))
         if "llama.cpp" in peers:
-            sides.append(start("llama.cpp", type, file, arguments.peer_python, arguments.threads))
+            wanted.append(("llama.cpp", type, file, arguments.peer_python, arguments.threads))
     if "transformers" in peers:
-        sides.append(
-            start(
-                "transformers",
-                "BF16",
-                random_folder(arguments.shape, arguments.models),
-                sys.executable,
-                arguments.threads,
-            )
-        )
-    loads = {f"{side.name} {side.type}": side.ask(do="load") for side in sides}
+        folder = random_folder(arguments.shape, arguments.models)
+        wanted.append(("transformers", "BF16", folder, sys.executable, arguments.threads))
+    loads, first_peaks = measure_loads(wanted, arguments.loads)
+    sides = [start(*one) for one in wanted]
+    for side in sides:
+        side.ask(do="load")
     before = limits(arguments.threads)
     speeds = measure(sides, arguments.rounds, arguments.quick)
     after = limits(arguments.threads)
     peaks = {f"{side.name} {side.type}": side.peak_bytes for side in sides}
     for side in sides:
-        side.process.terminate()
+        side.end()
     result = {
         "machine": f"{platform.processor() or platform.machine()}, {arguments.threads} threads", "time": time.strftime("%Y-%m-%d %H:%M"),
-        "shape": arguments.shape, "file_bytes": sizes, "limits": [before, after], "load_seconds": loads, "peak_bytes": peaks,
+        "shape": arguments.shape, "file_bytes": sizes, "limits": [before, after], "load_seconds": loads,
+        "load_peak_bytes": first_peaks, "peak_bytes": peaks,
         "tokens_per_second": speeds,
     }  # fmt: skip
     if arguments.json:
@@ -193,11 +217,15 @@ def report(result: dict[str, Any], shape: dict[str, int] | None) -> None:
             each = [a / b for a, b in zip(found[mine], found[best], strict=True)]
             ratio = f"{middle[mine] / middle[best]:.2f}x ({min(each):.2f} - {max(each):.2f})"
         print(f"| {task} | " + " | ".join(spread(found[n]) for n in names) + f" | {ratio} |")
-    print("\n| | load + first token, s | peak memory, MB | file, MB |\n|---|---|---|---|")
+    print(
+        "\n| | load + first token, s, median (least - most) | peak memory by then, MB | after all of it, MB | file, MB |"
+    )
+    print("|---|---|---|---|---|")
     for name in names:
-        size = result["file_bytes"].get(name.split()[-1], 0)
+        seconds, size = result["load_seconds"][name], result["file_bytes"].get(name.split()[-1], 0)
         print(
-            f"| {name} | {result['load_seconds'][name]:.2f} | {result['peak_bytes'][name] / 1e6:,.0f} | {size / 1e6:,.0f} |"
+            f"| {name} | {statistics.median(seconds):.2f} ({min(seconds):.2f} - {max(seconds):.2f}) "
+            f"| {result['load_peak_bytes'][name] / 1e6:,.0f} | {result['peak_bytes'][name] / 1e6:,.0f} | {size / 1e6:,.0f} |"
         )
     if shape:
         shares(result, shape)
