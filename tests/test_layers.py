@@ -15,11 +15,12 @@ LAYERS = [
     {"errors", ""},  # "" is criadero/__init__.py: its public names are imported behind __getattr__
     {"artifact", "recipe", "passport", "merkle", "machine"},
     {"config", "tokenizer", "sentencepiece_file", "template_sandbox", "chat", "kernels"},
-    {"model", "lora", "merge", "checkpoints", "data", "card"},
+    {"model", "lora", "quant_linear", "merge", "checkpoints", "data", "card"},
     {"train", "engine", "quantization"},
     {"trust", "synth"},
     {"run", "demo", "terminal", "summary", "export"},
-    {"cli", "cli_passport", "cli_trace"},
+    {"serve"},
+    {"cli", "cli_passport", "cli_trace", "cli_serve"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -74,7 +74,7 @@ class Stream:
         self._llm = llm
         self.result: Result | None = None
         self._pieces: deque[str] = deque()
-        self._building = _Building(1, dropped)
+        self._building = Building(1, dropped)
         self._id: int | None = llm._begin(request)
 
     def __iter__(self) -> Stream:
@@ -111,7 +111,7 @@ class Stream:
             self.close()
 
 
-class _Building:
+class Building:
     """A result in the making."""
 
     def __init__(self, n: int, dropped: int = 0) -> None:
@@ -335,7 +335,7 @@ class LLM:
 
     def _results(self, made: list[tuple[Request, int]]) -> Iterator[tuple[int, Result]]:
         """Begin all at once, so that a bad one is refused before any is computed; those not through are cancelled at the end."""
-        waiting: dict[int, tuple[int, _Building]] = {}
+        waiting: dict[int, tuple[int, Building]] = {}
         try:
             for number, (request, dropped) in enumerate(made):
                 try:
@@ -344,7 +344,7 @@ class LLM:
                     raise UserError(
                         f"prompt {number + 1} of {len(made)}: {error}" if len(made) > 1 else str(error)
                     ) from None
-                waiting[id] = (number, _Building(1 if request.pooling else request.params.n, dropped))
+                waiting[id] = (number, Building(1 if request.pooling else request.params.n, dropped))
             while waiting:
                 for id in list(waiting):
                     number, building = waiting[id]

@@ -1,0 +1,62 @@
+"""Whether the server lives and can answer, its models, and its numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from criadero.serve.common import service_of
+from criadero.serve.models import Entry
+
+router = APIRouter()
+
+
+@router.get("/health")
+async def health() -> dict[str, str]:
+    """200 while the server lives."""
+    return {"status": "ok"}
+
+
+@router.get("/ready")
+async def ready(request: Request) -> Response:
+    """200 when the default model is in memory and the server is not shutting down; else 503 with the reason."""
+    service = service_of(request)
+    if service.admission.draining:
+        return JSONResponse({"status": "draining"}, 503, {"Retry-After": "5"})
+    if not service.pool.entries[service.pool.default].loaded and service.settings.idle_unload is None:
+        return JSONResponse({"status": "loading"}, 503, {"Retry-After": "1"})
+    return JSONResponse({"status": "ready"})
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> dict[str, Any]:
+    """All models and adapters that a request may name."""
+    return {"object": "list", "data": [as_dict(entry) for entry in service_of(request).pool.listed()]}
+
+
+@router.get("/v1/models/{name}")
+async def model(name: str, request: Request) -> dict[str, Any]:
+    """One of them."""
+    return as_dict(service_of(request).pool.find(name))
+
+
+def as_dict(entry: Entry) -> dict[str, Any]:
+    """OpenAI's shape, and what else is known."""
+    return {
+        "id": entry.name, "object": "model", "created": entry.created, "owned_by": "criadero",
+        "criadero": {
+            "kind": "adapter" if entry.adapter else "model", "base": entry.base, "loaded": entry.loaded, "context": entry.body.context,
+            "memory_bytes": entry.body.memory, "has_template": entry.template is not None, "passport": entry.passport_id,
+        },
+    }  # fmt: skip
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """For Prometheus."""
+    service = service_of(request)
+    names = [entry.name for entry in service.pool.entries.values() if not entry.adapter]
+    text = service.metrics.text(service.pool.workers(), names)
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
