@@ -25,6 +25,8 @@ def fill(model: Llama, seed: int = 1) -> Llama:
     generator = torch.Generator().manual_seed(seed)
     for layer in lora.adapters(model).values():
         layer.lora_B.copy_(0.2 * torch.randn(layer.lora_B.shape, generator=generator))
+        if layer.magnitude is not None:
+            layer.magnitude.mul_(1 + 0.3 * torch.randn(layer.magnitude.shape, generator=generator))
     return model
 
 
@@ -81,6 +83,44 @@ def test_merged_equals_unmerged(dtype: torch.dtype, tolerance: float, targets: t
     assert float((apart - logits(tiny.model(dtype=dtype, scale=1.0))).norm() / apart.norm()) > 0.05
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_dora_starts_as_the_base_and_merges(dtype: torch.dtype, tolerance: float) -> None:
+    model = tiny.model(dtype=dtype, scale=1.0)
+    before = logits(model)
+    named = lora.attach(model, rank=4, alpha=8, dora=True)
+    assert torch.equal(logits(model), before)
+    assert sum(name.endswith(".magnitude") for name, _ in named) == 2 * 7
+    apart = logits(fill(model))
+    assert float((apart - before).norm() / before.norm()) > 0.05
+    relative = float((logits(lora.merge(model)) - apart).norm() / apart.norm())
+    assert relative < tolerance
+
+
+def test_doras_gradients_equal_pefts() -> None:
+    """The lengths of the rows are constants for the gradient, as section 4.3 of the paper has it."""
+    peft = pytest.importorskip("peft")
+    layer = torch.nn.Linear(12, 9, bias=False)
+    settings = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["0"], use_dora=True, init_lora_weights=False)
+    theirs = peft.get_peft_model(torch.nn.Sequential(layer), settings)
+    part = theirs.base_model.model[0]
+    ours = lora.LoraLinear(layer, 3, 2.0, 0.0, dora=True)
+    assert ours.magnitude is not None
+    with torch.no_grad():
+        ours.lora_A.copy_(part.lora_A["default"].weight)
+        ours.lora_B.copy_(part.lora_B["default"].weight)
+        ours.magnitude.copy_(part.lora_magnitude_vector["default"].weight.mul_(1.3))
+    x = torch.randn(5, 12)
+    weigh = torch.randn(5, 9)
+    (theirs(x) * weigh).sum().backward()
+    (ours(x) * weigh).sum().backward()
+    for mine, other in (
+        (ours.lora_A, part.lora_A["default"].weight),
+        (ours.lora_B, part.lora_B["default"].weight),
+        (ours.magnitude, part.lora_magnitude_vector["default"].weight),
+    ):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_dropout_acts_in_training_only() -> None:
     model = tiny.model()
     lora.attach(model, rank=4, alpha=8, dropout=0.5)
@@ -98,14 +138,16 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any]) -> None:
 
 # --- files ---
 
-VARIANTS: list[dict[str, Any]] = [{}, {"rslora": True}, {"targets": ("q_proj", "down_proj")}]
+VARIANTS: list[dict[str, Any]] = [{}, {"rslora": True}, {"targets": ("q_proj", "down_proj")}, {"dora": True}]
 
 
-def adapter(folder: Path, rslora: bool = False, targets: tuple[str, ...] = lora.ALL_LINEAR) -> torch.Tensor:
+def adapter(
+    folder: Path, rslora: bool = False, targets: tuple[str, ...] = lora.ALL_LINEAR, dora: bool = False
+) -> torch.Tensor:
     """A base in folder/base and an adapter in folder/adapter; the logits of the two together."""
     base = tiny.base(folder / "base")
     model = load_model(base)
-    lora.attach(model, rank=4, alpha=8, targets=targets, rslora=rslora)
+    lora.attach(model, rank=4, alpha=8, targets=targets, rslora=rslora, dora=dora)
     fill(model)
     (folder / "adapter").mkdir()
     lora.save_adapter(model, folder / "adapter", base="../base", alpha=8, rslora=rslora, dropout=0.0)
@@ -133,10 +175,14 @@ def test_ours_opens_pefts(tmp_path: Path, variant: dict[str, Any]) -> None:
     targets = list(variant.get("targets", lora.ALL_LINEAR))
     settings = peft.LoraConfig(
         r=4, lora_alpha=8, target_modules=targets, use_rslora=variant.get("rslora", False), task_type="CAUSAL_LM",
-        init_lora_weights=False,
+        init_lora_weights=False, use_dora=variant.get("dora", False),
     )  # fmt: skip
     torch.manual_seed(0)
     twin = peft.get_peft_model(twin, settings)
+    with torch.no_grad():
+        for name, weight in twin.named_parameters():
+            if "magnitude" in name:
+                weight.mul_(1.2)
     twin.save_pretrained(tmp_path / "theirs")
     attached = lora.load_adapter(load_model(base), tmp_path / "theirs")
     torch.testing.assert_close(logits(attached), logits(twin), rtol=1e-4, atol=1e-5)
@@ -166,7 +212,10 @@ def test_a_base_of_another_shape_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_dora": True}, "use_dora = True is not supported"),
+        ({"use_dora": True}, r"q_proj.magnitude is missing; this adapter is for another base model"),
+        ({"trainable_token_indices": {"norm": [1]}}, "trainable_token_indices must list"),
+        ({"trainable_token_indices": {"embed_tokens": [-1]}}, "trainable_token_indices must list"),
+        ({"trainable_token_indices": [1]}, "embed_tokens.rows is missing"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
         ({"peft_type": "IA3"}, "only LoRA adapters"),
@@ -184,7 +233,7 @@ def test_adapters_of_other_kinds_are_refused(tmp_path: Path, change: dict[str, A
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError, match=message) as caught:
         lora.load_adapter(tiny.model(), tmp_path / "adapter")
-    assert str(file) in str(caught.value)
+    assert str(file.parent) in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}"])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from criadero.artifact import Artifact, read_passport, require, resolve
 from criadero.chat import Template, load_template
+from criadero.checkpoints.adapter_file import read_adapter_config
 from criadero.checkpoints.gguf import (
     is_quantised_gguf,
     read_gguf,
@@ -25,12 +26,14 @@ from criadero.checkpoints.packed import (
     is_quantised,
     load_quantised,
     read_quantised,
+    to_torch,
     write_quantised,
 )  # fmt: skip
 from criadero.checkpoints.safetensors_hf import read_config, read_hf, read_json, save_hf
 from criadero.checkpoints.states import build
 from criadero.config import ModelConfig
 from criadero.errors import UserError
+from criadero.kernels.formats import QuantTensor
 from criadero.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:  # what only needs a configuration or a tokenizer does without torch
@@ -40,9 +43,11 @@ if TYPE_CHECKING:  # what only needs a configuration or a tokenizer does without
     from criadero.model import Llama
 
 __all__ = [
+    "holds_quantised",
     "is_quantised",
     "is_quantised_gguf",
     "load_config",
+    "load_frozen",
     "load_model",
     "load_quantised",
     "read_gguf",
@@ -88,11 +93,51 @@ def load_model(
     return build(config, state, dtype=dtype, device=device)
 
 
+def holds_quantised(ref: Ref) -> bool:
+    """Whether the weights that ``ref`` means lie there in 4 or 8 bits; an adapter's do when its base's do."""
+    path = _place(ref)
+    if path.is_dir() and (path / ADAPTER).is_file():
+        return holds_quantised(adapter_base(path))
+    return is_quantised(path) if path.is_dir() else is_quantised_gguf(path)
+
+
+def load_frozen(ref: Ref, *, dtype: torch.dtype, device: str | torch.device = "cpu") -> Llama:
+    """A quantised model with the matrices of its blocks left in 4 or 8 bits (`QuantLinear`), for QLoRA; the embedding, the
+    output matrix and the norms in ``dtype``. Nothing of it learns. UserError when nothing of it is quantised."""
+    import torch
+
+    from criadero.model import Llama
+    from criadero.quant_linear import QuantLinear
+
+    path = _place(ref)
+    if not holds_quantised(path) or (path.is_dir() and (path / ADAPTER).is_file()):
+        raise UserError(f"{path} is not a quantised model: make one with criadero quantize")
+    config, state = read_quantised(path) if path.is_dir() else read_gguf_quantised(path)[:2]
+    with torch.device("meta"):
+        model = Llama(config)
+    plain: dict[str, Tensor] = {}
+    for name, weight in state.items():
+        module = name.removesuffix(".weight")
+        if isinstance(weight, QuantTensor) and name.startswith("model.layers."):
+            parent, _, child = module.rpartition(".")
+            setattr(model.get_submodule(parent), child, QuantLinear(weight, dtype, device))
+        else:
+            plain[name] = to_torch(weight).to(device=device, dtype=dtype)
+    if config.tie_word_embeddings:
+        plain["lm_head.weight"] = plain["model.embed_tokens.weight"]
+    model.load_state_dict(plain, assign=True)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.requires_grad_(False).eval()
+
+
 def load_config(ref: Ref) -> ModelConfig:
     """The configuration of what `load_model` would load; weights are read only where it cannot be known without them."""
     path = _place(ref)
     if path.is_dir() and (path / ADAPTER).is_file():
-        return _with_ends(load_config(adapter_base(path)), path)
+        config = _with_ends(load_config(adapter_base(path)), path)
+        ids = [i for rows in read_adapter_config(path)["trainable_token_indices"].values() for i in rows]
+        return dataclasses.replace(config, vocab_size=max([config.vocab_size, *(i + 1 for i in ids)]))
     if path.is_file():
         return read_gguf_config(_gguf(path))
     if is_meta_folder(path):

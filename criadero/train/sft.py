@@ -38,7 +38,7 @@ from criadero.train.progress import say
 ROW = 256  # tokens in a packed row, or as many as the longest chat: attention is quadratic in it
 # Peak learning rate times the hidden size: 4e-3 for LoRA at 320 was the best of a few (docs/log.md), 3e-4 at 4096 is customary;
 # 2e-5 for full tuning at 4096 is Llama 2's (section 3.1).
-LR = {"lora": 1.28, "full": 0.082}
+LR = {"lora": 1.28, "qlora": 1.28, "dora": 1.28, "full": 0.082}
 MAX_ALPHA = 1e4  # hundreds of times what is customary; far above it the products overflow
 
 
@@ -56,12 +56,18 @@ class SftRecipe:
         metadata={"help": "chats to measure on; default: the dataset's held-out split, or a part of the data"},
     )
     held_out_share: float = field(default=0.1, metadata={"help": "part kept apart when held_out is not given"})
-    method: Literal["lora", "full"] = field(default="lora", metadata={"help": "low-rank adapters, or every weight"})
+    method: Literal["lora", "qlora", "dora", "full"] = field(
+        default="lora",
+        metadata={"help": "low-rank adapters; on a base kept in 4 or 8 bits; with lengths apart (DoRA); every weight"},
+    )
     lora_rank: int = field(default=16, metadata={"help": "rank of the adapters"})
     lora_alpha: float = field(default=32.0, metadata={"help": "adapter scale times rank"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the adapters"})
     lora_targets: tuple[str, ...] = field(default=lora.ALL_LINEAR, metadata={"help": "linear layers that get one"})
     rslora: bool = field(default=False, metadata={"help": "scale by alpha / sqrt(rank)"})
+    lora_plus: float = field(
+        default=1.0, metadata={"help": "learning rate of the adapters' B over that of A (LoRA+; its paper: 16)"}
+    )
     merged: bool = field(default=False, metadata={"help": "fold the adapter in and seal whole weights"})
     template: str | None = field(default=None, metadata={"help": "give a base without one this built-in chat template"})
     epochs: float = field(default=0.0, metadata={"help": "passes over the chats; 0: from 3 to 30, for about 200 steps"})
@@ -109,23 +115,25 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
     Everything that can be wrong with the input is found before training starts. Killed at any moment, the same call goes on
     from the last resume point.
     """
-    from criadero.checkpoints import load_config, load_model, tokenizer_of
+    from criadero.checkpoints import load_config, load_frozen, load_model, tokenizer_of
 
     keep_memory()
     base_path, data_path = resolve(recipe.base), _data_path(recipe.data)
     _check_recipe(recipe)
     words = read_words(recipe.card)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = "adapter" if recipe.method == "lora" and not recipe.merged else "chat"
+    adapts = recipe.method != "full"
+    kind = "adapter" if adapts and not recipe.merged else "chat"
     _check_base(base_path, kind)
+    _check_method(recipe, base_path)
     sources, licence = _sources(recipe, data_path)
     with create(
         out, kind=kind, name=recipe.model_name or None, licence=recipe.model_licence or None,
-        config={"stage": "sft", **dataclasses.asdict(recipe)}, seeds={"seed": recipe.seed},
+        recipe=recipe, seeds={"seed": recipe.seed},
         overwrite=overwrite, resume=resume,
     ) as draft:  # fmt: skip
         tokenizer, template, config = tokenizer_of(base_path), _template(recipe, base_path), load_config(base_path)
-        if recipe.method == "lora":
+        if adapts:
             lora.check_rank(recipe.lora_rank, recipe.lora_targets, config)
         context = _context(recipe, config)
         prepared = prepare(recipe, data_path, tokenizer, template, context)
@@ -135,13 +143,15 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
         draft.add_input("trained_on", recipe.data, licence=licence)
         if recipe.held_out:
             draft.add_input("evaluated_on", recipe.held_out)
-        model = load_model(base_path)
         dtype, why = choose_dtype(resumed_dtype(draft.path / "resume", recipe.dtype), config, device)
-        model = model.to(device=device, dtype=dtype)
-        if recipe.method == "lora":
+        if recipe.method == "qlora":
+            model = load_frozen(base_path, dtype=dtype, device=device)
+        else:
+            model = load_model(base_path).to(device=device, dtype=dtype)
+        if adapts:
             parameters = lora.attach(
                 model, rank=recipe.lora_rank, alpha=recipe.lora_alpha, targets=recipe.lora_targets,
-                dropout=recipe.lora_dropout, rslora=recipe.rslora, seed=recipe.seed,
+                dropout=recipe.lora_dropout, rslora=recipe.rslora, dora=recipe.method == "dora", seed=recipe.seed,
             )  # fmt: skip
         else:
             parameters = list(model.named_parameters())
@@ -159,8 +169,9 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
         evaluation = example_batches(prepared.held_out, length, rows, pad, dtype, device)
         trained = sum(p.numel() for _, p in parameters)
         memory = estimate_bytes(config, rows * length, dtype)
-        if recipe.method == "lora":  # no gradients, masters or moments for the frozen weights
+        if adapts:  # no gradients, masters or moments for the frozen weights
             memory -= (config.parameters() - trained) * (18 if dtype == torch.bfloat16 else 20)
+        memory -= lora.packed_savings(model, dtype)
         check_memory(memory)
         speed = measure_speed(model, batches(0), next_token_loss)
         show(
@@ -171,7 +182,10 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
         before = held_out_loss(model, evaluation)
         if evaluation:
             say(f"held-out loss before: {before['loss']:.4f} on {before['supervised']:,} supervised tokens")
-        optimizer = Optimizer(parameters, method=recipe.optimizer, weight_decay=recipe.weight_decay, betas=(0.9, 0.999))
+        optimizer = Optimizer(
+            parameters, method=recipe.optimizer, weight_decay=recipe.weight_decay, betas=(0.9, 0.999),
+            scales={name: recipe.lora_plus for name, _ in parameters if name.endswith(".lora_B")},
+        )  # fmt: skip
         plan = Plan(
             steps=steps, micro_batches=micro, lr=lr, schedule=recipe.schedule, warmup=recipe.warmup, clip=recipe.clip,
             seed=recipe.seed, save_minutes=recipe.save_minutes,
@@ -228,15 +242,14 @@ def _write(
 
     write_curves(folder, title=f"tuning {recipe.base}")
     tokenizer.save(folder, chat_template=template.source)
-    if recipe.method == "lora" and not recipe.merged:
+    if recipe.method != "full" and not recipe.merged:
         ends = list(config.eos_ids)
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}) + "\n", encoding="utf-8")
         lora.save_adapter(
             model, folder, base=base, alpha=recipe.lora_alpha, rslora=recipe.rslora, dropout=recipe.lora_dropout
         )
         return
-    if recipe.method == "lora":
-        lora.merge(model)
+    lora.merge(model)
     save_hf(model, config, folder)
 
 
@@ -251,6 +264,8 @@ def _check_recipe(recipe: SftRecipe) -> None:
             raise UserError(f"{name} must not be negative, but it is {getattr(recipe, name):g}")
     if recipe.batch_tokens < 0:
         raise UserError(f"batch_tokens must be positive, or 0 to derive it, not {recipe.batch_tokens}")
+    if not 0 < recipe.lora_plus <= 100:
+        raise UserError(f"lora_plus must be positive and at most 100 (1: the same rate), not {recipe.lora_plus:g}")
     for name in ("micro_tokens", "lora_rank"):
         if getattr(recipe, name) < 1:
             raise UserError(f"{name} must be at least 1, not {getattr(recipe, name)}")
@@ -268,6 +283,24 @@ def _check_base(base: Path, kind: str) -> None:
     if kind == "adapter" and (base / "adapter_config.json").is_file():
         raise UserError(
             f"{base} is an adapter, and an adapter cannot stand on another; add merged = true for whole weights"
+        )
+
+
+def _check_method(recipe: SftRecipe, base: Path) -> None:
+    """QLoRA is for a base that lies there in 4 or 8 bits, and leaves it so."""
+    from criadero.checkpoints import holds_quantised
+
+    if recipe.method != "qlora":
+        return
+    if recipe.merged:
+        raise UserError(
+            "merged writes whole weights, and qlora keeps the base in 4 or 8 bits: leave merged out, and fold the adapter in "
+            "afterwards with criadero merge --requantise"
+        )
+    if (base / "adapter_config.json").is_file() or not holds_quantised(base):
+        raise UserError(
+            f"qlora needs a base in 4 or 8 bits, and {recipe.base} is not: make one with criadero quantize {recipe.base}, or "
+            "take --method lora"
         )
 
 

@@ -1,0 +1,205 @@
+"""Every method of `criadero tune`: it learns, repeats to the byte, goes on to the bit, and is opened by others."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from criadero import cli, lora
+from criadero.artifact import create, open_artifact, verify
+from criadero.checkpoints import load_frozen, load_model
+from criadero.engine.llm import LLM
+from criadero.errors import UserError
+from criadero.run import make
+from criadero.train import sft
+
+IDS = torch.randint(0, 280, (2, 17), generator=torch.Generator().manual_seed(3))
+QUICK: dict[str, Any] = {"dtype": "float32", "epochs": 5.0, "batch_tokens": 256, "micro_tokens": 256, "lr": 2e-2}
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"lora_dropout": 0.1},
+    "rslora": {"method": "lora", "rslora": True, "lora_alpha": 8.0},
+    "lora_plus": {"method": "lora", "lora_plus": 4.0, "lr": 1e-2},
+    "dora": {"method": "dora"},
+    "qlora4": {"method": "qlora", "base": "int4"},
+    "qlora8": {"method": "qlora", "base": "int8"},
+    "full": {"method": "full", "lr": 5e-3},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads only wait for each other over matrices this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base, int4 and int8 of it, and shop.jsonl."""
+    folder = tmp_path_factory.mktemp("methods")
+    with create(folder / "base", kind="base", config={}) as draft:
+        tiny.base(draft.path, intermediate_size=64)
+    for bits in ("int4", "int8"):
+        values = {"model": str(folder / "base"), "to": bits, "group": 32, "method": "rtn"}
+        make("quantize", values, folder / bits)
+    tiny.write_chats(folder / "shop.jsonl", 40)
+    return folder
+
+
+def settings(bases: Path, name: str, **more: Any) -> dict[str, Any]:
+    values = QUICK | METHODS[name] | more
+    return values | {"base": str(bases / values.get("base", "base")), "data": str(bases / "shop.jsonl")}
+
+
+def result(folder: Path) -> dict[str, torch.Tensor]:
+    adapter = folder / "adapter_model.safetensors"
+    return load_file(adapter if adapter.exists() else folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def tuned(bases: Path) -> Callable[[str], Path]:
+    def of(name: str) -> Path:
+        out = bases / f"tuned-{name}"
+        if not out.exists():
+            make("sft", settings(bases, name), out)
+        return out
+
+    return of
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    out = model.eval()(IDS)
+    return getattr(out, "logits", out).float()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns_and_answers(name: str, tuned: Callable[[str], Path]) -> None:
+    made = open_artifact(tuned(name))
+    assert verify(made.path) == []
+    assert made.kind == ("chat" if name == "full" else "adapter")
+    losses = {m["slice"]: float(m["value"]) for m in made.metrics if m["metric"] == "loss"}
+    assert losses["after"] < losses["before"] - 1
+    answer = "".join(LLM(made.path).chat([{"role": "user", "content": "Question 3?"}], max_tokens=40))
+    assert answer == "Yes, we are open on Sundays."
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_same_seed_same_bytes(name: str, bases: Path, tuned: Callable[[str], Path], tmp_path: Path) -> None:
+    make("sft", settings(bases, name), tmp_path / "again")
+    file = "model.safetensors" if name == "full" else "adapter_model.safetensors"
+    assert (tmp_path / "again" / file).read_bytes() == (tuned(name) / file).read_bytes()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_cut_off_and_gone_on_with_ends_bit_for_bit_the_same(
+    name: str, bases: Path, tuned: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = sft.next_token_loss, []
+
+    def loss(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 9:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(sft, "next_token_loss", loss)
+    with pytest.raises(KeyboardInterrupt):
+        make("sft", settings(bases, name), tmp_path / "again")
+    assert list((tmp_path / "again.partial" / "resume").glob("step-*"))
+    monkeypatch.undo()
+    made = make("sft", settings(bases, name), tmp_path / "again")
+    lines = (made.path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1))
+    mine, wanted = result(made.path), result(tuned(name))
+    assert mine.keys() == wanted.keys()
+    assert all(torch.equal(mine[key], wanted[key]) for key in wanted)
+
+
+# --- LoRA+, DoRA ---
+
+
+def test_lora_plus_moves_b_faster(bases: Path, tmp_path: Path) -> None:
+    """One step of AdamW moves each weight by about its own rate."""
+    for name, plus in (("even", 1.0), ("plus", 8.0)):
+        values = settings(bases, "lora", lora_dropout=0.0, lora_plus=plus, lr=1e-3, epochs=0.01, warmup=0.0)
+        make("sft", values, tmp_path / name)
+    even, plus_ = result(tmp_path / "even"), result(tmp_path / "plus")
+    for key in even:
+        if "lora_B" in key:
+            torch.testing.assert_close(plus_[key], even[key] * 8, rtol=1e-3, atol=1e-6)
+        else:
+            torch.testing.assert_close(plus_[key], even[key])
+
+
+def test_peft_opens_a_tuned_dora(bases: Path, tuned: Callable[[str], Path]) -> None:
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    twin = transformers.AutoModelForCausalLM.from_pretrained(bases / "base", dtype=torch.float32)
+    twin = peft.PeftModel.from_pretrained(twin, tuned("dora"))
+    torch.testing.assert_close(logits(twin), logits(load_model(tuned("dora"))), rtol=1e-4, atol=1e-4)
+
+
+def test_the_engine_says_what_it_cannot_do_beside_a_base(bases: Path, tuned: Callable[[str], Path]) -> None:
+    llm = LLM(bases / "base")
+    with pytest.raises(UserError, match=r"DoRA.*fold it in with criadero merge"):
+        llm.load_adapter("mine", tuned("dora"))
+
+
+# --- QLoRA ---
+
+
+@pytest.mark.parametrize("bits", ["int4", "int8"])
+def test_the_base_stays_packed_and_gives_the_same_logits(bits: str, bases: Path) -> None:
+    frozen = load_frozen(bases / bits, dtype=torch.float32)
+    whole = load_model(bases / bits)
+    torch.testing.assert_close(logits(frozen), logits(whole), rtol=1e-5, atol=1e-5)
+    lora.attach(frozen, rank=2, alpha=4)
+    assert {name.rpartition(".")[2] for name, p in frozen.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    size = sum(layer.nbytes for layer in frozen.modules() if isinstance(layer, lora.QuantLinear))
+    plain = sum(p.numel() for name, p in whole.named_parameters() if "_proj" in name)
+    assert size < plain * {"int4": 0.6, "int8": 1.1}[bits]
+
+
+def test_qlora_learns_what_lora_learns_on_the_same_numbers(
+    bases: Path, tuned: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Packed or written out, the base is the same function, so the adapters agree."""
+    make("sft", settings(bases, "qlora4", method="lora"), tmp_path / "plain")
+    mine, plain = result(tuned("qlora4")), result(tmp_path / "plain")
+    for key in plain:
+        torch.testing.assert_close(mine[key], plain[key], rtol=1e-2, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"base": "base"}, r"qlora needs a base in 4 or 8 bits, and .*base is not: make one with criadero quantize"),
+        ({"merged": True}, "merged writes whole weights"),
+        ({"lora_plus": 0.0}, "lora_plus must be positive"),
+        ({"lora_rank": 17}, "the smallest layer that gets an adapter is 16 wide"),
+        ({"lora_rank": 0}, "lora_rank must be at least 1"),
+    ],
+    ids=str,
+)
+def test_what_qlora_cannot_do(values: dict[str, Any], words: str, bases: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        make("sft", settings(bases, "qlora4", **values), tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_takes_a_method(bases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["tune", str(bases / "int4"), str(bases / "shop.jsonl"), "--method", "qlora", "--epochs", "0.1"]
+    assert cli._run([*words, "--dtype", "float32", "--out", str(tmp_path / "x")]) == 0
+    assert "qlora on" in capsys.readouterr().err
