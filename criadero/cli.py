@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from criadero import cli_passport, cli_store, cli_trace
+from criadero import cli_passport, cli_serve, cli_store, cli_trace
 from criadero.errors import UserError
 
 _PLAIN: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
@@ -245,6 +245,7 @@ _add_stage(data_app, "pack", "tokens", ("data",), "A dataset to token shards, re
 _add_stage(data_app, "index", "index", ("tokens",), "Tokens to an index, in which any text is found at once.")
 _add_stage(data_app, "unique", "unique", ("tokens", "index"), "Tokens without the passages that stand in them twice.")
 cli_trace.add(app, data_app)
+cli_serve.add(app)
 cli_store.add(app, data_app)
 
 

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from criadero.errors import UserError
-from criadero.serve import health, openai_chat, page_answers, page_api
+from criadero.serve import embeddings, health, openai_chat, openai_completions, page_answers, page_api, pages, tokenize
 from criadero.serve.admission import Admission
 from criadero.serve.errors import ApiError, of_user_error
 from criadero.serve.keys import Key, find_key, sent_key
@@ -62,8 +62,12 @@ def make_app(settings: Settings, *, store: Store | None = None, pool: Pool | Non
     )  # fmt: skip
     app.state.service, app.state.settings, app.state.store = service, settings, store
     app.state.models, app.state.metrics = service.pool, service.metrics
+    app.include_router(pages.router)
     app.include_router(health.router)
     app.include_router(openai_chat.router)
+    app.include_router(openai_completions.router)
+    app.include_router(embeddings.router)
+    app.include_router(tokenize.router)
     app.include_router(page_api.router)
     app.include_router(page_answers.router)
     app.add_exception_handler(ApiError, _api_error)

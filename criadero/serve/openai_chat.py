@@ -309,10 +309,7 @@ class _Answer:
         """All at once."""
         run = self.run
         result = await run.wait()
-        if run.failed is not None:
-            raise run.failed
-        if any(sample.finish_reason == "cancelled" for sample in result.samples):
-            raise ApiError(503, "cancelled", "the answer was cancelled", headers={"Retry-After": "1"})
+        run.check()
         choices = []
         for sample in result.samples:
             message: dict[str, Any] = {"role": "assistant", "content": sample.text, "refusal": None, "annotations": []}
@@ -353,15 +350,12 @@ class _Answer:
             if event is None:
                 yield sse.PING
             elif isinstance(event, Output):
-                if run.failed is not None:
-                    yield sse.event(run.failed.body())
+                if (failed := run.failed or run.cancelled_error(event)) is not None:
+                    yield sse.event(failed.body())
                     return
                 for choice in self._choices(event):
                     ended += choice["finish_reason"] is not None
                     if event.done and ended == len(run.result.samples) and choice["finish_reason"] is not None:
-                        if event.finish_reason == "cancelled":
-                            yield sse.event(ApiError(503, "cancelled", "the answer was cancelled").body())
-                            return
                         yield self._chunk([choice], criadero=await run.finish())
                     else:
                         yield self._chunk([choice])

@@ -171,6 +171,18 @@ class Run:
             pass
         return self.result
 
+    def check(self) -> None:
+        """ApiError: it has failed, or was cancelled."""
+        error = self.failed
+        if error is None and any(sample.finish_reason == "cancelled" for sample in self.result.samples):
+            error = cancelled()
+        if error is not None:
+            raise error
+
+    def cancelled_error(self, output: Output) -> ApiError | None:
+        """What a stream says when ``output`` ends with a cancellation."""
+        return cancelled() if output.finish_reason == "cancelled" else None
+
     def cancel(self) -> None:
         """End it: its slot is free at once, or after the step that is being computed."""
         self._cancelled = True
@@ -294,6 +306,11 @@ class Run:
         if self.keep or self.service.settings.keep_prompts:
             found |= {"prompt_ids": list(self.request.prompt), "answer_ids": answers}
         return found
+
+
+def cancelled() -> ApiError:
+    """What a client is told whose answer was cut off, as when the server goes down."""
+    return ApiError(503, "cancelled", "the answer was cancelled", headers={"Retry-After": "1"})
 
 
 def ids_sha256(ids: Sequence[int]) -> str:
