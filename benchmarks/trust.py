@@ -36,8 +36,6 @@ from criadero.recipe import canonical_json
 from criadero.trust import prove, sign
 from criadero.trust.verify import missed, verify
 
-PARTS = ("tampering", "quick", "alarms", "membership", "speed", "licences", "trace")
-
 
 def make(
     out: Path, draw: random.Random, *, kind: str = "base", loss: float = 1.5, size: int = 30_000, **inputs: Path
@@ -330,6 +328,12 @@ def trace(root: Path, scale: float) -> dict[str, Any]:
     return found
 
 
+PARTS: dict[str, Callable[[Path, float], dict[str, Any]]] = {
+    "tampering": tampering, "quick": quick, "alarms": alarms, "membership": membership, "speed": speed, "licences": licences,
+    "trace": trace,
+}  # fmt: skip
+
+
 def measure(parts: list[str], scale: float = 1.0) -> dict[str, Any]:
     """The figures of each part."""
     result: dict[str, Any] = {"cpu": cpu(), "scale": scale}
@@ -337,7 +341,7 @@ def measure(parts: list[str], scale: float = 1.0) -> dict[str, Any]:
         for part in parts:
             print(f"{part} ...", file=sys.stderr, flush=True)
             began = time.perf_counter()
-            result[part] = globals()[part](Path(folder), scale)
+            result[part] = PARTS[part](Path(folder), scale)
             result[part]["took_seconds"] = round(time.perf_counter() - began, 1)
     return result
 

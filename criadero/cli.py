@@ -218,6 +218,7 @@ def export(
 
     made = write(model, to=to, out=out, type=type, overwrite=overwrite)
     print(made if isinstance(made, Path) else made.path)
+    cli_passport.warn_before_sharing(model)
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
@@ -307,10 +308,12 @@ def show(
     """Say what an artifact is, what it was made of, and what memory it takes here."""
     if lineage or svg:
         return cli_passport.picture(ref, lineage, svg)
-    from criadero.summary import as_dict, describe, needs_of
+    from criadero.summary import as_dict, describe, licence_of, needs_of
 
     if as_json:
         facts = as_dict(ref) | {"needs": needs_of(ref, context=context, speed=speed)}
+        if (computed := licence_of(ref)) is not None:
+            facts["licence"] = (facts.get("licence") or {}) | {"computed": computed}
         print(json.dumps(facts, ensure_ascii=False, indent=2))
     else:
         print(describe(ref, context=context, speed=speed))

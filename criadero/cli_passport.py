@@ -148,6 +148,24 @@ def remove(
     print(f'{ledger}: {row["sha256"][:12]} listed; build the dataset again with removals = "{ledger}"')
 
 
+def warn_before_sharing(ref: str) -> None:
+    """What was written may be for this machine alone, so it is not refused; but who shares it should know what stands against it."""
+    from criadero.artifact import read_passport, resolve
+    from criadero.trust.licences import publishable
+
+    path = resolve(ref)
+    if not path.is_dir() or read_passport(path) is None:
+        return
+    try:
+        against = publishable(ref)
+    except UserError as error:
+        print(f"note: what its licences ask cannot be told: {error}", file=sys.stderr)
+        return
+    if against:
+        rules = ", ".join(dict.fromkeys(f"{one.severity}: {one.rule}" for one in against))
+        print(f"note: before you share it, {rules}; see criadero licence check {ref} --distribute", file=sys.stderr)
+
+
 def picture(ref: str, lineage: bool, svg: Path | None) -> None:
     """What `show --lineage` and `show --svg` print and draw."""
     from criadero.artifact import open_artifact

@@ -176,15 +176,22 @@ def removal(
     min_tokens: Annotated[
         int, typer.Option(help="a document counts when it holds a run of so many tokens", min=1)
     ] = 20,
+    reason: Annotated[str, typer.Option(help="why they have to go: with --by, the file of --out is a ledger")] = "",
+    by: Annotated[str, typer.Option(help="who signs the removals off")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Find every training document that holds a text or a long part of it: what a request for removal is about."""
+    """Find every training document that holds a text or a long part of it: what a request for removal is about.
+
+    With --reason and --by the file of --out is a ledger: a data recipe that says removals = FILE leaves these documents out.
+    """
     from criadero.trust.removal import holders, write_holders
     from criadero.trust.search import open_index
 
     found = holders(open_index(index), _given(text), min_tokens=min_tokens)
+    if (reason or by) and not out:
+        raise UserError("--reason and --by sign the file of --out: give --out too")
     if out:
-        write_holders(found, out)
+        write_holders(found, out, reason=reason, by=by)
     if as_json:
         _print_json([dataclasses.asdict(one) for one in found])
         return

@@ -13,6 +13,7 @@ import difflib
 import functools
 import glob
 import importlib
+import importlib.util
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -51,6 +52,11 @@ STAGES: Stages = {
     ),
     "judge": functools.partial(_load, "criadero.synth.judge", "JudgeRecipe", "judge"),
 }
+
+
+NEEDS = {
+    "index": ("pydivsufsort", "trace")
+}  # stage -> a package that not every installation has, and the extra with it
 
 
 def make(
@@ -137,11 +143,13 @@ def run(
 
     `out` is ``out/FOLDERNAME`` by default. `start` (a file's name, number or stage) takes what lies before it as it is
     and makes that stage and all later ones again. `dry_run` says what would be done. Every recipe is checked before the
-    first stage starts. UserError: a bad recipe, a missing input, a `start` that is not there.
+    first stage starts. UserError: a bad recipe, a missing input, a package that a stage needs, a `start` that is not there.
     """
     folder = Path(folder)
     steps = plan(folder, Path(out) if out else Path("out") / folder.resolve().name, stages)
     first = _position(steps, start, folder) if start else 0
+    if not dry_run:
+        _check_installed(steps[first:], again=start is not None)
     made: list[Artifact] = []
     stale: set[str] = set()  # in a dry run: what would have been made again
     width = max(len(step.stem) for step in steps)
@@ -168,6 +176,18 @@ def run(
         else:
             made.append(step.function(step.recipe, step.out, overwrite=sealed.exists(), resume=True))
     return made
+
+
+def _check_installed(steps: list[Step], *, again: bool) -> None:
+    """What a late stage needs is asked for before the first one has computed for hours. UserError naming the extra."""
+    for n, step in enumerate(steps):
+        package, extra = NEEDS.get(step.stage, ("", ""))
+        if not package or importlib.util.find_spec(package) is not None:
+            continue
+        if again or any(_why(one, set()) is not None for one in steps[: n + 1]):
+            raise UserError(
+                f"{step.stem} needs the package {package}: pip install {package} (or 'criadero[{extra}]'), then run again"
+            )
 
 
 def plan(folder: Path, out: Path, stages: Stages = STAGES) -> list[Step]:

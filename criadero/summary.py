@@ -74,6 +74,7 @@ def _describe(ref: str | Path | Artifact, context: int | None, speed: bool) -> s
     add("code", _code(step))
     lines += _needs(facts["path"], context, speed)
     add("licence", str((facts.get("licence") or {}).get("declared") or "not declared"))
+    add("owed", _owed(ref))
     rows = artifact.sources()
     if rows:
         lines += ["made of", *_table(_source_rows(rows), right=(2, 3, 4))]
@@ -117,6 +118,30 @@ def _needs(path: str, context: int | None, speed: bool) -> list[str]:
             f"for each, at {said(found['bandwidth'])}/s measured here"
         )
     return lines
+
+
+def licence_of(ref: str | Path | Artifact) -> dict[str, Any] | None:
+    """What the licences along the lineage ask, by today's rules (`criadero.trust.licences.computed`); None without a passport."""
+    from criadero.trust.licences import check, computed
+
+    path = resolve(ref)
+    return computed(check(ref)) if path.is_dir() and read_passport(path) is not None else None
+
+
+def _owed(ref: str | Path | Artifact) -> str:
+    """The verdict on the licences in a line; the report is another command's."""
+    from criadero.trust.licences import check
+
+    try:
+        report = check(ref)
+    except UserError as error:  # a lineage with a loop is no reason to show nothing
+        return f"not known: {error}"
+    counts = {kind: sum(one.severity == kind for one in report.findings) for kind in ("conflict", "unknown", "duty")}
+    nouns = {"conflict": "conflict", "unknown": "unknown licence", "duty": "duty"}
+    some = [_count(n, nouns[kind]).replace("dutys", "duties") for kind, n in counts.items() if n]
+    return (
+        f"{', '.join(some) or 'nothing'} (criadero licence check {ref if not isinstance(ref, Artifact) else ref.path})"
+    )
 
 
 def _code(step: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,16 @@ def test_deep_finds_what_was_sealed_untrue(tmp_path: Path, change: Callable[[dic
     report = verify(folder, deep=True)
     assert words in "\n".join(map(str, report.problems))
     assert report.code == 4
+
+
+@pytest.mark.parametrize(("later", "code"), [(0.5, 0), (30, 4)])
+def test_clocks_may_differ_by_less_than_a_day(tmp_path: Path, later: float, code: int) -> None:
+    """What something was made of may say that it is younger, when it was sealed on another machine."""
+    make(tmp_path / "base")
+    moment = datetime.now(UTC) + timedelta(days=later)
+    rewrite(tmp_path / "base", lambda p: p.update(created=moment.isoformat()))
+    folder = make(tmp_path / "m", finetune_of=tmp_path / "base")
+    assert verify(folder, deep=True).code == code
 
 
 def test_the_command_line_gives_the_codes(tmp_path: Path) -> None:

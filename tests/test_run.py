@@ -12,7 +12,7 @@ import pytest
 
 from criadero.artifact import Artifact, create, open_artifact
 from criadero.errors import UserError
-from criadero.run import STAGES, Stages, make, run, tuned_name
+from criadero.run import NEEDS, STAGES, Stages, make, run, tuned_name
 
 
 @dataclass(frozen=True)
@@ -265,6 +265,21 @@ def test_every_recipe_is_checked_before_the_first_stage(here: Path, name: str, t
         go(fakes)
     assert fakes.done == []
     assert not (here / "out").exists()
+
+
+def test_a_package_that_a_late_stage_needs_is_asked_for_first(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fakes = Fakes()
+    monkeypatch.setitem(NEEDS, "sft", ("no_such_package", "extra"))
+    with pytest.raises(UserError, match=r"02-first needs the package no_such_package: pip install no_such_package"):
+        go(fakes)
+    assert fakes.done == []
+    go(fakes, dry_run=True)
+    monkeypatch.delitem(NEEDS, "sft")
+    assert go(fakes) == ALL
+    monkeypatch.setitem(NEEDS, "sft", ("no_such_package", "extra"))
+    assert go(fakes) == []  # nothing to make: nothing is needed
+    with pytest.raises(UserError, match="10-second needs"):
+        go(fakes, start="10")
 
 
 def test_no_recipes(tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from test_trace_index import brute, brute_longest, index_of, some_texts
 
-from criadero.artifact import create
-from criadero.data.build import as_row
+from criadero.artifact import bundled_models, create
+from criadero.data.build import DataRecipe, JsonlWriter, Source, as_row, build_data
 from criadero.data.documents import Document
+from criadero.data.pack import TokensRecipe, build_tokens
 from criadero.errors import UserError
+from criadero.run import run
 from criadero.trust import trace as tracing
 from criadero.trust.asks import asks, forbids
 from criadero.trust.guard import Guard
@@ -49,11 +51,15 @@ def documents() -> list[Document]:
     ]
 
 
+def plain_recipe(file: Path, **more: Any) -> DataRecipe:
+    """A data recipe that takes a file as it is."""
+    source = Source(name=file.stem, path=str(file), licence="CC0-1.0", min_words=1, lang="en", trusted=True)
+    return DataRecipe(source=(source,), quality_filter=False, language_filter=False, held_out=0.0, **more)
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a dataset, its tokens, an index of them, and a model that says it was trained on them."""
-    from criadero.data.build import JsonlWriter
-    from criadero.data.pack import TokensRecipe, build_tokens
     from criadero.tokenizer import train_bpe
 
     root = tmp_path_factory.mktemp("trace")
@@ -182,8 +188,10 @@ def test_words_of_scripts_without_spaces() -> None:
 def test_a_model_is_traced_in_the_index_of_its_own_data(built: Path, tmp_path: Path) -> None:
     assert index_for(built / "model").path == built / "index"  # it lies beside it
     assert index_for(built / "tuned", built / "index").size
+    (tmp_path / "notes.txt").write_text("something else")
     with create(tmp_path / "other", kind="base", config={}) as draft:
-        draft.add_input("trained_on", built / "data")
+        draft.add_input("trained_on", tmp_path / "notes.txt")
+        draft.add_input("evaluated_on", built / "tokens")  # what it was measured on it has not learned
     with pytest.raises(UserError, match="was not made of those"):
         index_for(tmp_path / "other", built / "index")
     with pytest.raises(UserError, match="no index of what other was trained on"):
@@ -194,6 +202,47 @@ def test_a_model_is_traced_in_the_index_of_its_own_data(built: Path, tmp_path: P
         data_of(tmp_path / "imported")
     with pytest.raises(UserError, match="is a tokens, not an index"):
         index_for(built / "model", built / "tokens")
+
+
+def test_an_index_of_a_part_of_the_data_is_taken_and_says_so(
+    built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model tuned on a dataset, or on the very files of one, is traced in an index of that dataset's tokens."""
+    (tmp_path / "a.jsonl").write_text(json.dumps({"id": "a", "text": f"{POEM} {FILLER[0]}"}) + "\n")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"id": "b", "text": RECIPE}) + "\n")
+    made = build_data(plain_recipe(tmp_path / "a.jsonl"), tmp_path / "data")
+    build_tokens(TokensRecipe(str(made.path), str(built / "tokenizer")), tmp_path / "tokens")
+    build_index(IndexRecipe(str(tmp_path / "tokens")), tmp_path / "out" / "x" / "index")
+    with create(tmp_path / "of-dataset", kind="base", config={}) as draft:
+        draft.add_input("trained_on", made)
+    with create(tmp_path / "models" / "of-files", kind="base", config={}) as draft:
+        draft.add_input("trained_on", tmp_path / "a.jsonl")
+        draft.add_input("trained_on", tmp_path / "b.jsonl")
+    with create(tmp_path / "of-b", kind="base", config={}) as draft:
+        draft.add_input("trained_on", tmp_path / "b.jsonl")
+    monkeypatch.chdir(tmp_path)
+    index = Path("out/x/index")
+    capsys.readouterr()
+    assert index_for("of-dataset", index).path == index
+    assert capsys.readouterr().err == ""
+    assert index_for("models/of-files").path == index  # found under out/
+    assert "holds a part of what of-files learned from; not in it: b.jsonl (1 of 2)" in capsys.readouterr().err
+    with pytest.raises(UserError, match="of-b was not made of those"):
+        index_for("of-b", index)
+
+
+def test_the_bundled_chat_model_is_traced_in_the_chats_of_this_repository(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """recipes/cria-chats as it stands: what a clone can trace without downloading anything."""
+    if "cria-chat" not in bundled_models():
+        pytest.skip("criadero/bundled/cria-chat is not there yet: it is raised by recipes/cria")
+    monkeypatch.chdir(tmp_path)
+    run(Path(__file__).resolve().parents[1] / "recipes" / "cria-chats")
+    found = trace(index_for("cria-chat"), "Claro: la miel es un alimento dulce. La hacen las abejas.")
+    assert "out/cria-chats/03-index holds a part of what cria-chat learned from" in capsys.readouterr().err
+    assert found.longest is not None
+    assert found.longest.found[0].document.source == "cria_chats"
 
 
 def test_the_index_says_what_it_is_of(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +258,7 @@ def test_the_index_says_what_it_is_of(built: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(UserError, match="is not the dataset"):
         build_index(IndexRecipe(str(built / "tokens"), str(built / "model")), tmp_path / "index")
     monkeypatch.setitem(__import__("sys").modules, "pydivsufsort.dll", None)
-    with pytest.raises(UserError, match=r"pip install 'criadero\[trace\]'"):
+    with pytest.raises(UserError, match=r"pip install pydivsufsort, or 'criadero\[trace\]'"):
         build_index(IndexRecipe(str(built / "tokens")), tmp_path / "index")
 
 
@@ -294,14 +343,25 @@ def test_the_guard_asks_what_the_licence_allows(index: Index) -> None:
     [
         ("CC0-1.0", "nothing", False),
         ("public domain in the US", "nothing", False),
-        ("CC BY 4.0", "attribution", False),
-        ("CC-BY-SA-4.0", "attribution, and the same licence for what it becomes part of", False),
-        ("CC-BY-NC-4.0", "not for commercial use, and with attribution", True),
-        ("CC BY-NC-ND 4.0", "not for commercial use, and with attribution", True),
-        ("CC-BY-ND-4.0", "only whole and unchanged, with attribution", True),
+        ("CC BY 4.0", "its authors named", False),
+        ("CC-BY-SA-4.0", "its authors named, the same licence for what it becomes part of", False),
+        ("CC-BY-NC-4.0", "not for commercial use, its authors named", True),
+        ("CC BY-NC-ND 4.0", "not for commercial use, only whole and unchanged, its authors named", True),
+        ("CC-BY-ND-4.0", "only whole and unchanged, its authors named", True),
+        ("CC-BY-NC-4.0 OR MIT", "the copyright notice and the licence kept", False),
+        ("public domain (life+70), markup CC0-1.0", "nothing", False),
+        (
+            "MIT / Verdant-1.0",
+            "the copyright notice and the licence kept, not known (Verdant-1.0): ask before use",
+            True,
+        ),
         ("Apache-2.0 / PSF-2.0", "the copyright notice and the licence kept", False),
         ("MIT", "the copyright notice and the licence kept", False),
-        ("GPL-3.0-only", "the licence and the notices kept, and the same licence for what it becomes part of", False),
+        (
+            "GPL-3.0-only",
+            "the copyright notice and the licence kept, the same licence for what it becomes part of",
+            False,
+        ),
         ("", "not known (no licence given): ask before use", True),
         ("unknown", "not known (unknown): ask before use", True),
         ("All rights reserved", "nothing is allowed beyond what the law allows", True),

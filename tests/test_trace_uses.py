@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import json
 import math
 from itertools import pairwise
@@ -10,13 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_trace import FILLER, POEM, RECIPE, built, index
+from test_trace import FILLER, POEM, RECIPE, built, index, plain_recipe
 from test_trace_index import BOS, EOS, brute, index_of, some_texts
 
 from criadero import cli
 from criadero.artifact import create, open_artifact, verify
+from criadero.data.build import build_data, read_dataset
+from criadero.data.docset import document_hash, read_table
+from criadero.data.pack import TokensRecipe, build_tokens
 from criadero.errors import UserError
 from criadero.trust import contamination, memorisation
+from criadero.trust.index import IndexRecipe, build_index
 from criadero.trust.removal import holders, search
 from criadero.trust.repeats import UniqueRecipe, build_unique, by_source, repeats
 from criadero.trust.search import Index
@@ -176,8 +180,7 @@ def test_every_document_that_holds_a_text_is_found(index: Index) -> None:
     found = holders(index, POEM)
     assert [one.document for one in found] == ["poems/0", "letters/42"]
     assert found[0].share == 1.0
-    text = index.text(index.document(0).start, index.document(0).end)
-    assert found[0].sha256 == hashlib.sha256(text.encode()).hexdigest()
+    assert found[0].sha256 == document_hash(POEM).hex()  # as the document's tokens spell it: this dataset has no table
     part = holders(
         index, RECIPE[:60] + " y nada de lo que viene ahora se ha escrito antes en ninguna parte", min_tokens=12
     )
@@ -187,6 +190,35 @@ def test_every_document_that_holds_a_text_is_found(index: Index) -> None:
     assert len(holders(index, "the ferry left at", min_tokens=20)) == len(FILLER)  # shorter than a run: all of it
     with pytest.raises(UserError, match="empty"):
         holders(index, " ")
+
+
+def test_what_is_found_is_a_ledger_that_takes_it_out(
+    built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a request for removal to a dataset without the text: the hashes are the table's, for texts and for chats."""
+    file, chats = tmp_path / "texts.jsonl", tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps({"id": f"t{n}", "text": text}) + "\n" for n, text in enumerate([POEM, *FILLER])))
+    pairs = [("What of the lighthouse?", POEM), ("And the ferry?", "It left at six, as on every other day.")]
+    chats.write_text("".join(json.dumps({"prompt": ask, "completion": answer}) + "\n" for ask, answer in pairs))
+    texts = plain_recipe(file)
+    asked = dataclasses.replace(texts.source[0], name="chats", path=str(chats), kind="chat", lang="en")
+    recipe = dataclasses.replace(texts, source=(*texts.source, asked))
+    made = build_data(recipe, tmp_path / "data")
+    build_tokens(TokensRecipe(str(made.path), str(built / "tokenizer"), template="criadero"), tmp_path / "tokens")
+    build_index(IndexRecipe(str(tmp_path / "tokens")), tmp_path / "index")
+    ledger = tmp_path / "removals.jsonl"
+    signed = ["--reason", "asked by its author", "--by", "Ana Ruiz"]
+    assert run("data", "removal", tmp_path / "index", POEM, *signed) == 2
+    assert run("data", "removal", tmp_path / "index", POEM, "--out", ledger, "--by", "Ana Ruiz") == 2
+    assert "--reason and --by" in capsys.readouterr().err
+    assert run("data", "removal", tmp_path / "index", POEM, "--out", ledger, *signed) == 0
+    table = {row["sha256"] for _, row in read_table(made.path)}
+    listed = {json.loads(line)["sha256"] for line in ledger.read_text().splitlines()}
+    assert len(listed) == 2
+    assert listed <= table
+    again = build_data(dataclasses.replace(recipe, removals=str(ledger)), tmp_path / "again")
+    assert again.passport["data"]["removals"]["removed"] == 2
+    assert not any(POEM in document.text for document in read_dataset(again.path, "train"))
 
 
 def test_a_search_counts_both_ways_of_writing(index: Index) -> None:
@@ -300,7 +332,7 @@ def test_verbs(
     out = capsys.readouterr().out
     assert "verbatim overlap, not proof of cause · coincidencia literal, no prueba de causa" in out
     assert "«" in out
-    assert "CC-BY-ND-4.0: only whole and unchanged, with attribution" in out  # the letter has the colon too
+    assert "CC-BY-ND-4.0: only whole and unchanged, its authors named" in out  # the letter has the colon too
     assert run("trace", built / "model", POEM, "--json") == 0
     assert json.loads(capsys.readouterr().out)["covered"]["32"] == 1.0
     assert run("data", "search", index, "the ferry left", "--limit", 1) == 0

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from criadero.artifact import Artifact, create, open_artifact
+from criadero.artifact import Artifact, create, open_artifact, resolve
 from criadero.data.build import read_dataset
 from criadero.data.documents import Document
 from criadero.errors import UserError
@@ -36,7 +36,7 @@ class TokensRecipe:
     """Which documents, encoded by which tokenizer."""
 
     data: str = field(metadata={"help": "a dataset artifact"})
-    tokenizer: str = field(metadata={"help": "a tokenizer artifact, or any folder with a tokenizer"})
+    tokenizer: str = field(metadata={"help": "a tokenizer artifact, a model, or any folder with a tokenizer"})
     template: str = field(default="", metadata={"help": "built-in chat template for chats; empty: the tokenizer's own"})
 
 
@@ -49,7 +49,7 @@ def build_tokens(recipe: TokensRecipe, out: str | Path, *, overwrite: bool = Fal
     from criadero.chat import builtin_template, load_template
     from criadero.tokenizer import load_tokenizer
 
-    data, folder = open_artifact(recipe.data), Path(recipe.tokenizer)
+    data, folder = open_artifact(recipe.data), resolve(recipe.tokenizer)
     tokenizer = load_tokenizer(folder)
     if tokenizer.bos_id is None or tokenizer.eos_id is None:
         raise UserError(

@@ -5,14 +5,15 @@ bytes, so tokens are laid out with the high byte first and the suffixes that beg
 
 Files: ``tokens.bin`` (big-endian, 2 bytes a token below 65 536 entries, else 4), ``suffixes.bin`` (positions in the shard, in
 order, in as many bits as they need), ``keys.bin`` (uint64: the first 8 bytes of every 128th suffix), ``documents.bin`` (uint64: where each
-begins, and the end), ``rows.bin`` (uint16: its row of index.json's ``rows``: source, language, licence), ``names.bin`` (ids and
-dates of documents, compressed by 256), ``unigrams.bin`` (uint64), ``index.json``, and the tokenizer's files.
+begins, and the end), ``rows.bin`` (uint16: its row of index.json's ``rows``: source, language, licence), ``names.bin`` (ids,
+dates and hashes of documents, compressed by 256), ``unigrams.bin`` (uint64), ``index.json``, and the tokenizer's files.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import mmap
 import sys
 import time
 from collections.abc import Iterator
@@ -134,14 +135,14 @@ def write_documents(
     numbers = np.zeros(len(documents), "<u2")
     offsets = [0]
     packer = zstandard.ZstdCompressor(level=9)
-    names: list[tuple[str, str]] = []
+    names: list[tuple[str, str, str]] = []
     with (folder / "names.bin").open("wb") as file:
-        for n, (name, licence, date) in enumerate(described(documents, sources, known, dataset)):
+        for n, (name, licence, date, sha256) in enumerate(described(documents, sources, known, dataset)):
             key = (int(documents[n, 2]), licence)
             numbers[n] = rows.setdefault(key, len(rows))
             if len(rows) > 65535:
                 raise UserError(f"{dataset}: more than 65,535 licences: give rows of one source the same words")
-            names.append((name, date))
+            names.append((name, date, sha256))
             if len(names) == NAMES or n == len(documents) - 1:
                 file.write(packer.compress(json.dumps(names, ensure_ascii=False).encode()))
                 offsets.append(file.tell())
@@ -159,20 +160,24 @@ def write_documents(
 
 def described(
     documents: np.ndarray, sources: list[dict[str, Any]], known: dict[str, dict[str, Any]], dataset: Path | None
-) -> Iterator[tuple[str, str, str]]:
-    """(id, licence, date) of each document in order: of the dataset's rows, which stand in the same order as the tokens."""
+) -> Iterator[tuple[str, str, str, str]]:
+    """(id, licence, date, sha256) of each document in order: of the dataset's rows, which stand in the order of the tokens."""
     if dataset is None:
         for number in documents[:, 2].tolist():
-            yield "", str(known.get(sources[number]["name"], {}).get("licence") or "unknown"), ""
+            yield "", str(known.get(sources[number]["name"], {}).get("licence") or "unknown"), "", ""
         return
+    from criadero.data.docset import ROWS, read_table
     from criadero.data.documents import read_rows
 
     n = -1
     files = sorted(dataset.glob("train-*.jsonl.zst"))
+    listed = read_table(dataset) if (dataset / ROWS).is_file() else iter(())
+    hashes = (str(row["sha256"]) for _, row in listed if row["split"] == "train")
     for n, (where, row) in enumerate(one for file in files for one in read_rows(file)):
         if n >= len(documents) or row.get("source") != sources[int(documents[n, 2])]["name"]:
             raise UserError(f"{where}: the tokens were not packed from this dataset: pack it again")
-        yield str(row.get("id") or ""), str(row.get("licence") or "unknown"), str(row.get("date") or "")
+        licence, date = str(row.get("licence") or "unknown"), str(row.get("date") or "")
+        yield str(row.get("id") or ""), licence, date, next(hashes, "")
     if n + 1 != len(documents):
         raise UserError(f"{dataset}: it has {n + 1} documents, the tokens {len(documents)}: pack it again")
 
@@ -186,7 +191,7 @@ def sorter() -> Any:
         from pydivsufsort.dll import libdivsufsort
     except ImportError:
         raise UserError(
-            "building an index needs the package pydivsufsort: pip install 'criadero[trace]' (reading one does not)"
+            "building an index needs the package pydivsufsort: pip install pydivsufsort, or 'criadero[trace]' (reading one does not)"
         ) from None
     return libdivsufsort
 
@@ -229,6 +234,7 @@ def write_index(
                 )
             unigrams += np.bincount(piece, minlength=vocab_size).astype(np.uint64)
             piece.astype(f">u{width}").tofile(file)
+            forget(ids)
         file.write(bytes(PADDING))
     unigrams.tofile(folder / "unigrams.bin")
     np.append(documents[:, 0], [len(ids)]).astype("<u8").tofile(folder / "documents.bin")
@@ -260,9 +266,18 @@ def check_documents(ids: np.ndarray, documents: np.ndarray, eos: int) -> None:
     starts, ends = documents[:, 0].astype(np.int64), documents[:, 1].astype(np.int64)
     if starts[0] != 0 or ends[-1] != len(ids) or (starts[1:] != ends[:-1]).any() or (ends <= starts).any():
         raise UserError("the table of documents does not fit the tokens: pack the data again")
-    bad = np.flatnonzero(np.asarray(ids[ends - 1]) != eos)
-    if bad.size:
-        raise UserError(f"document {int(bad[0])} does not end with eos: pack the data again")
+    for at in range(0, len(ends), 1 << 16):
+        bad = np.flatnonzero(np.asarray(ids[ends[at : at + (1 << 16)] - 1]) != eos)
+        if bad.size:
+            raise UserError(f"document {at + int(bad[0])} does not end with eos: pack the data again")
+        forget(ids)
+
+
+def forget(ids: np.ndarray) -> None:
+    """Let go of what has been read of a mapped file: the memory it takes stays bounded. Without a mapping nothing is done."""
+    mapped = getattr(ids, "_mmap", None)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def sort_shard(folder: Path, start: int, size: int, key_at: int, order_at: int, width: int, bits: int) -> None:

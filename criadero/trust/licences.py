@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from criadero.artifact import Artifact
 from criadero.errors import UserError
-from criadero.trust.licence_graph import Graph, Node, passport_graph, read_graph, refuse_loops
+from criadero.trust.licence_graph import Graph, Node, read_graph, refuse_loops
 from criadero.trust.licence_names import id_of, keys_of, read_licence, relations, rules_id, table
 from criadero.trust.licence_rules import (
     CREDITS,
@@ -247,7 +247,10 @@ def publishable(ref: str | Path | Artifact, intent: Intent | None = None) -> lis
 
 
 def computed(report: Report) -> dict[str, Any]:
-    """For a passport's ``licence.computed``: verdict, hash of the rules, setting, findings; only texts and lists in it."""
+    """What ``criadero show --json`` says under ``licence``, ``computed``: verdict, hash of the rules, setting, findings.
+
+    It is not sealed: the rules grow, and the same passport is read with those of the day.
+    """
     rows = [
         {
             "severity": one.severity,
@@ -262,10 +265,3 @@ def computed(report: Report) -> dict[str, Any]:
         "verdict": report.verdict, "rules": rules_id(), "data_effect": report.intent.data_effect,
         "binding": list(report.computed), "findings": rows,
     }  # fmt: skip
-
-
-def computed_of(
-    passport: Mapping[str, Any], ancestors: Sequence[Mapping[str, Any]] = (), texts: Mapping[str, str] | None = None
-) -> dict[str, Any]:
-    """:func:`computed` of a passport (its ``licence.computed`` is not read) and those behind it, with the default intent."""
-    return computed(evaluate(replace(passport_graph(passport, ancestors), texts=texts or {})))

@@ -5,14 +5,15 @@ Copies need not be whole: a document is found when it holds a run of the text of
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
+from criadero.data.docset import document_hash
 from criadero.errors import UserError
 from criadero.trust.search import Index
 from criadero.trust.trace import long_matches
@@ -23,7 +24,7 @@ MOST = 100_000  # documents; a text that stands in more is no one's in particula
 @dataclass(frozen=True)
 class Holder:
     """A document that holds at least a part of the text. `share` of the text's tokens stand in it, the longest run has
-    `longest` of them. `sha256` is that of the document's text as its tokens spell it."""
+    `longest` of them. `sha256` names it in tables and ledgers (`criadero.data.docset.document_hash`)."""
 
     number: int
     document: str
@@ -103,20 +104,24 @@ def holders(index: Index, text: str, *, min_tokens: int = 20, min_share: float =
             mask[start:end] = True
         if float(mask.mean()) >= min_share:
             one = index.document(number)
-            text_of = index.text(one.start, one.end)
+            hashed = (
+                one.sha256 or document_hash(index.text(one.start, one.end)).hex()
+            )  # no dataset: of what its tokens spell
             found.append(
                 Holder(
-                    number, one.name, one.source, one.licence, one.end - one.start,
-                    hashlib.sha256(text_of.encode("utf-8", "surrogatepass")).hexdigest(), round(float(mask.mean()), 4),
-                    max(end - start for start, end in runs),
+                    number, one.name, one.source, one.licence, one.end - one.start, hashed,
+                    round(float(mask.mean()), 4), max(end - start for start, end in runs),
                 )
             )  # fmt: skip
     return sorted(found, key=lambda one: (-one.share, -one.longest, one.number))
 
 
-def write_holders(found: Iterable[Holder], file: Path) -> None:
-    """One JSON object a line, for a ledger of removals."""
+def write_holders(found: Iterable[Holder], file: Path, *, reason: str = "", by: str = "") -> None:
+    """One JSON object a line. With a reason and who signs it off the file is a ledger, which a data recipe's ``removals`` names."""
+    if bool(reason.strip()) != bool(by.strip()):
+        raise UserError("a ledger of removals needs a reason and the name of who signs it off: --reason and --by")
+    signed = {"reason": reason.strip(), "by": by.strip(), "date": datetime.now(UTC).date().isoformat()} if by else {}
     if file.exists():
         raise UserError(f"{file} exists: choose another name")
     with file.open("w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in found)
+        stream.writelines(json.dumps(asdict(one) | signed, ensure_ascii=False) + "\n" for one in found)

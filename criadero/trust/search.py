@@ -60,6 +60,7 @@ class Place:
     date: str = ""
     url: str = ""
     attribution: str = ""
+    sha256: str = ""  # of its normal form (criadero.data.docset), where the dataset was at hand
 
 
 class Index:
@@ -335,13 +336,14 @@ class Index:
         if not 0 <= number < self.documents:
             raise IndexError(number)
         source = self.about["rows"][int(self.rows[number])]
-        name, date = self._names(number // NAMES)[number % NAMES]
+        name, date, *hashed = self._names(number // NAMES)[number % NAMES]  # an older index has no hashes
         return Place(
             number, name or f"{source['name']} #{number}", source["name"], source["lang"], source["licence"],
             int(self.borders[number]), int(self.borders[number + 1]), date, source.get("url", ""), source.get("attribution", ""),
+            *hashed,
         )  # fmt: skip
 
-    def _names(self, block: int) -> list[tuple[str, str]]:
+    def _names(self, block: int) -> list[list[str]]:
         return _names_of(self.path, self.about["names"][block], self.about["names"][block + 1])
 
     def text(self, start: int, end: int) -> str:
@@ -454,14 +456,14 @@ class Query:
 
 
 @functools.lru_cache(maxsize=512)
-def _names_of(folder: Path, start: int, end: int) -> list[tuple[str, str]]:
+def _names_of(folder: Path, start: int, end: int) -> list[list[str]]:
     import zstandard
 
     try:
         with (folder / "names.bin").open("rb") as file:
             file.seek(start)
             text = zstandard.ZstdDecompressor().decompress(file.read(end - start))
-        return [tuple(row) for row in json.loads(text)]
+        return [list(row) for row in json.loads(text)]
     except (OSError, ValueError, zstandard.ZstdError) as error:
         raise UserError(f"{folder}: names.bin is damaged ({error}): build the index again") from None
 

@@ -6,8 +6,10 @@ the rarest of them by their tokens' frequency, and some documents for each. It s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import numpy as np
 from criadero.artifact import Artifact, open_artifact, read_passport, resolve, short_id
 from criadero.errors import UserError
 from criadero.trust.asks import asks
+from criadero.trust.licence_names import relations
 from criadero.trust.search import Index, Interval, Place, open_index, tokens_id
 
 CAUTION = ("verbatim overlap, not proof of cause", "coincidencia literal, no prueba de causa")
@@ -230,8 +233,11 @@ def licences_of(span: Span) -> list[dict[str, str]]:
 # -- which index is a model's own -------------------------------------------------------------------------------------
 
 
-def data_of(model: str | Path | Artifact) -> tuple[str, set[str]]:
-    """A model's name, and the ids of all that it was made of. UserError for a model that says nothing of it."""
+def data_of(model: str | Path | Artifact) -> tuple[str, dict[str, str]]:
+    """A model's name, and all that it learned from: ids, with the names of those that nothing stands behind ("" for others).
+
+    What it was measured on is left out, and so is the tokenizer. UserError for a model that says nothing of its origin.
+    """
     path = resolve(model)
     passport = read_passport(path) if path.is_dir() else None
     if passport is None:
@@ -240,34 +246,87 @@ def data_of(model: str | Path | Artifact) -> tuple[str, set[str]]:
             "look a text up in any index with criadero data search INDEX TEXT"
         )
     artifact = Artifact(path, passport)
-    ids = {str(row["id"]) for one in (passport, *artifact.ancestors()) for row in one.get("inputs") or []}
-    return artifact.name, ids
+    return artifact.name, _learned(artifact)
+
+
+def _learned(artifact: Artifact) -> dict[str, str]:
+    kinds = relations()["relations"]
+    known = {one["id"]: one for one in artifact.ancestors()}
+    found: dict[str, str] = {}
+    todo = [artifact.passport]
+    while todo:
+        for row in todo.pop().get("inputs") or []:
+            if row["id"] in found or kinds.get(row["relation"]) in ("none", "tool", "component"):
+                continue
+            behind = known.get(row["id"])
+            found[row["id"]] = "" if behind and behind.get("inputs") else str(row.get("name"))
+            todo += [behind] if behind else []
+    return found
 
 
 def index_for(model: str | Path | Artifact, given: str | Path | None = None) -> Index:
-    """The index of a model's own training tokens: the one `given`, or one that lies beside the model or here.
+    """The index of a model's own training data: the one `given`, or the fullest that lies beside the model, here, or under out/.
 
-    UserError when the index is of tokens that the model's passport and its ancestors' do not name.
+    It is the model's own when the tokens, the dataset or each file that it was made of is among what the model and its
+    ancestors learned from. Where it holds only a part of that, stderr says which. UserError when it is of anything else.
     """
-    name, ids = data_of(model)
+    name, learned = data_of(model)
     if given is not None:
-        index = open_index(given)
-        of = tokens_id(open_artifact(given))
-        if of not in ids:
+        opened = open_index(given)
+        artifact = open_artifact(given)
+        if not _is_part(artifact, learned):
             raise UserError(
-                f"{index.path} is an index of tokens {short_id(of)}, and {name} was not made of those: a trace in it would say "
-                "nothing; give the index of the model's own data"
+                f"{opened.path} is an index of tokens {short_id(tokens_id(artifact))}, and {name} was not made of those: a trace in "
+                "it would say nothing; give the index of the model's own data"
             )
-        return index
-    for folder in (resolve(model).parent, Path()):
-        for one in sorted(folder.glob("*/passport.json")):
-            try:
-                beside = open_artifact(one.parent)
-                if beside.kind == "index" and tokens_id(beside) in ids:
-                    return open_index(beside)
-            except UserError:
-                continue
-    raise UserError(
-        f"no index of what {name} was trained on lies beside it: build one (criadero data index TOKENS --out DIR) and "
-        "give it with --index DIR"
-    )
+    else:
+        artifact = _nearest_index(resolve(model).parent, learned, name)
+        opened = open_index(artifact)
+    if absent := _absent(artifact, learned):
+        some = ", ".join(absent[:3]) + (" ..." if len(absent) > 3 else "")
+        print(
+            f"note: {opened.path} holds a part of what {name} learned from; not in it: {some} ({len(absent)} of "
+            f"{sum(map(bool, learned.values()))})", file=sys.stderr,
+        )  # fmt: skip
+    return opened
+
+
+def _nearest_index(beside: Path, learned: dict[str, str], name: str) -> Artifact:
+    found: list[Artifact] = []
+    for file in (
+        *beside.glob("*/passport.json"),
+        *Path().glob("*/passport.json"),
+        *Path("out").glob("*/*/passport.json"),
+    ):
+        with contextlib.suppress(UserError):
+            one = open_artifact(file.parent)
+            if one.kind == "index" and _is_part(one, learned):
+                found.append(one)
+    if not found:
+        raise UserError(
+            f"no index of what {name} was trained on lies beside it: build one (criadero data index TOKENS --out DIR) and "
+            "give it with --index DIR"
+        )
+    return min(found, key=lambda one: len(_absent(one, learned)))
+
+
+def _is_part(index: Artifact, learned: dict[str, str]) -> bool:
+    """Whether all that an index was made of is something that a model learned from: the same tokens, dataset or files."""
+    known = {one["id"]: one for one in index.ancestors()}
+    todo, seen = [tokens_id(index)], set[str]()
+    while todo:
+        if (id := todo.pop()) in learned or id in seen:
+            continue
+        seen.add(id)
+        rows = (known.get(id) or {}).get("inputs") or []
+        behind = [row["id"] for row in rows if row["relation"] in ("converted_from", "contains")]
+        if not behind:
+            return False
+        todo += behind
+    return True
+
+
+def _absent(index: Artifact, learned: dict[str, str]) -> list[str]:
+    """The names of what a model learned from, as far back as it is known, that an index does not hold."""
+    held = {tokens_id(index), *_learned(index)}
+    return sorted({name for id, name in learned.items() if name and id not in held})

@@ -13,7 +13,7 @@ import random
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from criadero.passport import (
 from criadero.trust.sign import read_public, signature_of, signature_problems
 
 SAMPLES = 64  # chunks that a quick check reads: 256 MiB
+SKEW = timedelta(days=1)  # so far may the clocks of two machines, or one before and after it was set, lie apart
 
 
 @dataclass
@@ -332,7 +333,7 @@ def _ancestors(folder: Path, passport: Mapping[str, Any]) -> Flaws:
         dates = [("started", step.get("started")), ("ended", step.get("ended")), ("created", one.get("created"))]
         moments = [(label, _date(text)) for label, text in dates if text is not None]
         for (earlier, a), (later, b) in itertools.pairwise(moments):
-            if a > b:
+            if a > b + SKEW:
                 yield (PASSPORT if one is passport else LINEAGE), f"{name}: {later} comes before {earlier}"
         for row in one.get("inputs") or []:
             if row.get("relation") not in RELATIONS:
@@ -345,7 +346,7 @@ def _ancestors(folder: Path, passport: Mapping[str, Any]) -> Flaws:
                 behind
                 and behind.get("created")
                 and one.get("created")
-                and _date(behind["created"]) > _date(one["created"])
+                and _date(behind["created"]) > _date(one["created"]) + SKEW
             ):
                 yield LINEAGE, f"{name} is older than {str(behind.get('name'))[:60]}, of which it was made"
 
