@@ -115,3 +115,14 @@ def half_request(live: Live, path: str, body: Any) -> socket.socket:
     head = f"POST {path} HTTP/1.1\r\nHost: {live.address[0]}:{live.address[1]}\r\nContent-Type: application/json\r\n"
     made.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
     return made
+
+
+def streamed(response: httpx.Response) -> Iterator[tuple[str, Any]]:
+    """(event, data) of a stream, as they come; an event without a name is "message"."""
+    name = "message"
+    for line in response.iter_lines():
+        if line.startswith("event: "):
+            name = line[7:]
+        elif line.startswith("data: "):
+            yield name, line[6:] if line == "data: [DONE]" else json.loads(line[6:])
+            name = "message"

@@ -47,8 +47,8 @@ def keys(store: Store) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def address(folder: Path, store: Store) -> Iterator[str]:
     models = (str(folder / "llama"), str(folder / "other"))
-    with serving.serving(Settings(models=models, require_key=True, ping_seconds=0.5), store) as url:
-        yield url
+    with serving.serving(Settings(models=models, require_key=True, ping_seconds=0.5), store=store) as live:
+        yield live.url
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def asked(client: httpx.Client, content: str = "Can I pay by card?", **chat: Any
 def answer(client: httpx.Client, chat: str, parent: str, **more: Any) -> list[tuple[str, Any]]:
     with client.stream("POST", f"/api/chats/{chat}/answer", json={"parent": parent, **more}) as response:
         assert response.status_code == 200, response.read()
-        return list(serving.events(response))
+        return list(serving.streamed(response))
 
 
 def refused(response: httpx.Response, status: int, code: str, param: str | None = None) -> str:
@@ -159,7 +159,7 @@ def test_who_leaves_has_what_was_there(ana: httpx.Client) -> None:
         "POST", f"/api/chats/{chat}/answer",
         json={"parent": question, "params": {"max_tokens": 480, "temperature": 2.0, "stop": ["\0\0never"]}, "seed": 3},
     ) as response:  # fmt: skip
-        for name, data in serving.events(response):
+        for name, data in serving.streamed(response):
             if name == "start":
                 id = data["message_id"]
             if name == "delta":
@@ -267,7 +267,7 @@ def test_a_comparison_is_blind_until_the_vote(ana: httpx.Client, store: Store) -
         left_first.add(found["left"])
     assert left_first == {"llama", "other"}  # once in 2,048 runs it is not
     with ana.stream("POST", f"/api/comparisons/{id}/stream", json={}) as response:
-        told = list(serving.events(response))
+        told = list(serving.streamed(response))
     assert "llama" not in str(told)
     assert "other" not in str(told)
     done = {data["side"]: data["message"] for name, data in told if name == "done"}
@@ -279,7 +279,7 @@ def test_a_comparison_is_blind_until_the_vote(ana: httpx.Client, store: Store) -
         assert text == done[side]["content"]
         assert done[side]["model"] is done[side]["criadero"] is done[side]["usage"] is None
     with ana.stream("POST", f"/api/comparisons/{id}/stream", json={}) as response:  # a page that was loaded again
-        again = {data["side"]: data["message"] for name, data in serving.events(response) if name == "done"}
+        again = {data["side"]: data["message"] for name, data in serving.streamed(response) if name == "done"}
     assert again == done
     assert len(ana.get(f"/api/chats/{chat}").json()["messages"]) == 1
     told = ana.post(f"/api/comparisons/{id}/vote", json={"winner": "left"}).json()

@@ -18,7 +18,17 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from criadero.errors import UserError
-from criadero.serve import embeddings, health, openai_chat, openai_completions, page_answers, page_api, pages, tokenize
+from criadero.serve import (
+    embeddings,
+    health,
+    openai_chat,
+    openai_completions,
+    page_answers,
+    page_api,
+    pages,
+    responses,
+    tokenize,
+)
 from criadero.serve.admission import Admission
 from criadero.serve.errors import ApiError, of_user_error
 from criadero.serve.keys import Key, find_key, sent_key
@@ -70,6 +80,7 @@ def make_app(settings: Settings, *, store: Store | None = None, pool: Pool | Non
     app.include_router(tokenize.router)
     app.include_router(page_api.router)
     app.include_router(page_answers.router)
+    app.include_router(responses.router)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(UserError, _user_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
