@@ -73,6 +73,11 @@ class LoraLinear(nn.Module):
         factor = None if self.magnitude is None else (self.magnitude / self.lengths()).to(x.dtype)
         return adapted_linear(x, low, self.base, self.lora_A, self.lora_B, self.scale, factor)
 
+    def changes(self) -> bool:
+        """Whether the layer computes anything else than its base does."""
+        moved = self.magnitude is not None and not torch.equal(self.magnitude, self.squares.sqrt())
+        return moved or bool(self.lora_B.any())
+
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """The weight of the layer and its adapter as one, float32 ``[out, in]``."""

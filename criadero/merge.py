@@ -24,8 +24,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from criadero.artifact import Artifact, create, open_artifact, resolve
+from criadero import lora
+from criadero.artifact import Artifact, Draft, create, open_artifact, resolve
 from criadero.errors import UserError
+from criadero.kernels.formats import QuantTensor
+from criadero.model import ModelConfig
 
 
 def _help(text: str, default: Any = dataclasses.MISSING) -> Any:
@@ -46,6 +49,9 @@ class MergeRecipe:
     density: float = _help(
         "ties: the part of each task vector that is kept; dare: the chance of each weight to be kept", 0.5
     )
+    requantise: bool = _help(
+        "an adapter on a base of 4 or 8 bits: round the sum to the base's own bits and groups again", False
+    )
     model_name: str = _help("name in the passport; default: the folder's", "")
     model_licence: str = _help("licence you give the weights", "")
     seed: int = _help("dare's draws", 0)
@@ -56,9 +62,11 @@ def merge(recipe: MergeRecipe, out: str | Path, *, overwrite: bool = False, resu
 
     UserError: models of other shapes or vocabularies, a method without what it needs.
     """
-    from criadero.checkpoints import load_model, save_hf, template_of, tokenizer_of
+    from criadero.checkpoints import load_model, save_hf, tokenizer_of
 
     _check(recipe)
+    if recipe.requantise:
+        return _requantise(recipe, Path(out), overwrite)
     names = [*recipe.models, *([recipe.base] if recipe.base else [])]
     paths = [resolve(name) for name in names]
     with create(
@@ -80,19 +88,102 @@ def merge(recipe: MergeRecipe, out: str | Path, *, overwrite: bool = False, resu
         merged = combine(states, recipe, base) if len(states) > 1 or base is not None else dict(states[0])
         models[0].load_state_dict({key: value.to(states[0][key].dtype) for key, value in merged.items()})
         save_hf(models[0], models[0].config, draft.path)
-        try:
-            source = template_of(paths[0]).source
-        except UserError:
-            source = None
-        tokenizer.save(draft.path, chat_template=source)
-        if (extra := paths[0] / "generation_config.json").is_file() and not (draft.path / extra.name).exists():
-            shutil.copyfile(extra, draft.path / extra.name)
-        config = models[0].config
-        draft.model |= {
-            "params": config.parameters(),
-            "context": config.max_position_embeddings,
-            "vocab": config.vocab_size,
+        _finish(draft, paths[0], models[0].config)
+    return open_artifact(out)
+
+
+def _finish(draft: Draft, first: Path, config: ModelConfig) -> None:
+    """The first model's tokenizer and template, the ids that end an answer, and the passport's table."""
+    from criadero.checkpoints import template_of, tokenizer_of
+
+    try:
+        source = template_of(first).source
+    except UserError:
+        source = None
+    tokenizer_of(first).save(draft.path, chat_template=source)
+    if (extra := first / "generation_config.json").is_file() and not (draft.path / extra.name).exists():
+        shutil.copyfile(extra, draft.path / extra.name)
+    draft.model |= {
+        "params": config.parameters(),
+        "context": config.max_position_embeddings,
+        "vocab": config.vocab_size,
+    }
+
+
+def _requantise(recipe: MergeRecipe, out: Path, overwrite: bool) -> Artifact:
+    """Fold an adapter into its quantised base, layer by layer; matrices without an adapter keep their numbers.
+
+    Rounding to the nearest loses a part of what was learned: how large its error is beside the adapter's change is said, and
+    stands in the passport.
+    """
+    from criadero.checkpoints import ADAPTER, adapter_base, holds_quantised, load_config, load_frozen, write_quantised
+    from criadero.checkpoints import _check_base as check_its_base
+    from criadero.checkpoints.packed import as_tensor, power_of_two, read_quantised
+    from criadero.checkpoints.safetensors_hf import read_json
+    from criadero.quantization.rounding import round_matrix
+    from criadero.train.progress import say
+
+    adapter = resolve(recipe.models[0])
+    if not (adapter / ADAPTER).is_file():
+        raise UserError(f"requantise folds an adapter into its base, and {recipe.models[0]} is no adapter")
+    base = adapter_base(adapter)
+    if not base.is_dir() or not holds_quantised(base):
+        raise UserError(f"requantise: the base of {recipe.models[0]} is not a quantised folder: leave requantise out")
+    check_its_base(adapter, base)
+    with create(
+        out, kind="quantised", name=recipe.model_name or None, recipe=recipe,
+        licence=recipe.model_licence or None, overwrite=overwrite,
+    ) as draft:  # fmt: skip
+        draft.add_input("merged_from", recipe.models[0])
+        state: dict[str, QuantTensor | Tensor] = {
+            name: weight if isinstance(weight, QuantTensor) else as_tensor(weight)
+            for name, weight in read_quantised(base)[1].items()
         }
+        model = lora.load_adapter(load_frozen(base, dtype=torch.float32), adapter)
+        change = error = 0.0
+        count = 0
+        for name, layer in lora.adapters(model).items():
+            if not layer.changes():
+                continue
+            old, new = lora.base_weight(layer.base), layer.merged_weight()
+            key, frozen = f"{name}.weight", layer.base
+            if isinstance(frozen, lora.QuantLinear):
+                packed = round_matrix(new, frozen.bits, frozen.group, what=key)
+                state[key], written = packed, torch.from_numpy(packed.dequantise())
+            else:  # a layer that was kept out of the quantising
+                narrow = state[key]
+                assert isinstance(narrow, Tensor)
+                state[key] = new.to(narrow.dtype)
+                written = new.to(narrow.dtype).float()
+            change += float((new - old).square().sum())
+            error += float((written - new).square().sum())
+            count += 1
+        for name, rows in lora.trained_rows(model).items():
+            key, table = f"{name}.weight", state.get(f"{name}.weight")
+            if table is None:  # the tied head
+                continue
+            whole = rows.weight.detach()
+            if isinstance(table, QuantTensor):
+                kept = name == "model.embed_tokens" and "criadero" in read_json(base / "config.json")
+                state[key] = (
+                    power_of_two(whole.numpy(), table.group) if kept else round_matrix(whole, table.bits, table.group)
+                )
+            else:
+                state[key] = whole.to(table.dtype)
+        values = read_json(base / "config.json")
+        plain = torch.float16 if values.get("torch_dtype") == "float16" else torch.bfloat16
+        share = (error / change) ** 0.5 if change else 0.0
+        say(
+            f"{count} matrices of {len(lora.adapters(model))} changed; rounding them again errs by {share:.0%} of what the "
+            "adapter changed"
+        )
+        draft.metrics.append(
+            {"suite": "merge", "metric": "rounding_error_over_change", "slice": "all", "value": share, "n": count}
+        )
+        config = load_config(adapter)
+        packed_table = isinstance(state["model.embed_tokens.weight"], QuantTensor) and "criadero" not in values
+        write_quantised(state, config, draft.path, dtype=plain, pack_tables=packed_table)
+        _finish(draft, adapter, config)
     return open_artifact(out)
 
 
@@ -100,6 +191,8 @@ def _check(recipe: MergeRecipe) -> None:
     n = len(recipe.models)
     if not n:
         raise UserError("models: none given: name an adapter, or two models and more")
+    if recipe.requantise and (n > 1 or recipe.base):
+        raise UserError("requantise folds one adapter into its own base: give that adapter alone")
     if recipe.weights and len(recipe.weights) != n:
         raise UserError(f"weights: {len(recipe.weights)} for {n} models: give one for each")
     if recipe.method == "slerp" and n != 2:

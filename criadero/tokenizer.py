@@ -256,6 +256,25 @@ class Tokenizer:
         """The text of ``ids``, with U+FFFD for what is not UTF-8."""
         return self.decode_bytes(ids, skip_special=skip_special, continues=continues).decode("utf-8", "replace")
 
+    def with_special(self, names: Sequence[str]) -> Tokenizer:
+        """The same vocabulary with new special tokens after its last id, in order. UserError: one that is there already."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        for number, name in enumerate(names):
+            if not name or name != name.strip() or name in names[:number]:
+                raise UserError(f"new special token {name!r}: give each once, without white space around it")
+            if backend.token_to_id(name) is not None:
+                raise UserError(
+                    f"new special token {name!r}: it is in the vocabulary already, as {backend.token_to_id(name)}"
+                )
+        backend.post_processor = self._post
+        backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+        made = Tokenizer(backend, **self.names)
+        if [made.special[name] for name in names] != list(range(self.vocab_size, self.vocab_size + len(names))):
+            raise UserError(
+                "new special tokens: the ids of this vocabulary have holes, so there is no place after its end"
+            )
+        return made
+
     # --- files ---
 
     def save(self, folder: str | Path, *, chat_template: str | None = None) -> None:

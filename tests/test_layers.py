@@ -15,8 +15,8 @@ LAYERS = [
     {"errors", ""},  # "" is criadero/__init__.py: its public names are imported behind __getattr__
     {"artifact", "recipe", "passport", "merkle", "machine"},
     {"config", "tokenizer", "sentencepiece_file", "template_sandbox", "chat", "kernels"},
-    {"model", "lora", "quant_linear", "merge", "checkpoints", "data", "card"},
-    {"train", "engine", "quantization"},
+    {"model", "lora", "quant_linear", "checkpoints", "data", "card"},
+    {"train", "engine", "quantization", "merge"},
     {"trust", "synth"},
     {"run", "demo", "terminal", "summary", "export"},
     {"serve"},

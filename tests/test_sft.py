@@ -419,7 +419,7 @@ def test_policies_for_long_chats_and_their_counts(tmp_path: Path) -> None:
     preflight.check(drop.report)
     preflight.check(cut.report)
     with pytest.raises(
-        UserError, match=r"3 chats are longer than 40 tokens \(the longest has .*choose --too_long drop"
+        UserError, match=r"3 chats are longer than 40 tokens \(the longest has .*choose --too_long split, drop"
     ):
         preflight.check(prepared(tmp_path, data, 40, held_out_share=0).report)
 

@@ -83,11 +83,11 @@ def test_a_step_with_nothing_to_learn_is_refused(tmp_path: Path) -> None:
         run(tmp_path / "b", lambda n: batch_of(only_first))
 
 
-def test_a_gradient_that_is_not_finite_names_the_step(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_names_the_step_and_the_batch(tmp_path: Path) -> None:
     model = tiny.model()
     with torch.no_grad():
         model.model.norm.weight[0] = torch.inf
-    with pytest.raises(UserError, match="step 1: the gradient is not finite; use a lower lr"):
+    with pytest.raises(UserError, match="step 1: the loss is not finite in batch 1; nothing was learned yet"):
         run(tmp_path, lambda n: batch_of(rows(2)), model)
 
 

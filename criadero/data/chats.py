@@ -14,7 +14,7 @@ prompt     ``prompt``/``completion``, ``prompt``/``response``, ``question``/``an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,7 +113,8 @@ def detect(
         found = shapes_of(row)
         if not found:
             have = ", ".join(map(repr, list(row)[:8])) or "none"
-            raise UserError(f"{place}: no chat in this row (fields: {have}); expected {KNOWN}")
+            plain = "; plain documents are learned with --train_on text" if "text" in row else ""
+            raise UserError(f"{place}: no chat in this row (fields: {have}); expected {KNOWN}{plain}")
         if len(found) > 1:
             said = " or ".join(f"{s.name} ({', '.join(v for _, v in s.fields)})" for s in found)
             raise UserError(f"{place}: ambiguous, it could be {said}; leave one of them, or name the shape")
@@ -240,3 +241,34 @@ def read_chats(
         "bad": len(bad),
     }
     return ChatFile(chats, shape, counts, bad, kept_places, kept_rows)
+
+
+def split_rounds(
+    messages: Sequence[Message], measure: Callable[[Sequence[Message]], int], context: int
+) -> tuple[list[list[Message]], int]:
+    """A chat as parts of whole rounds (question and answer), each of at most `context` tokens; the system turn opens each.
+
+    A round that is too long by itself is left out; how many there were comes back too. The parts before and after it are separate.
+    """
+    if measure(messages) <= context:
+        return [list(messages)], 0
+    head = list(messages[:1]) if messages[0]["role"] == "system" else []
+    body = messages[len(head) :]
+    rounds = [list(body[n : n + 2]) for n in range(0, len(body), 2)]
+    parts: list[list[Message]] = []
+    current: list[Message] = []
+    long_rounds = 0
+    for one in rounds:
+        if current and measure([*head, *current, *one]) <= context:
+            current += one
+            continue
+        if current:
+            parts.append([*head, *current])
+            current = []
+        if measure([*head, *one]) <= context:
+            current = list(one)
+        else:
+            long_rounds += 1
+    if current:
+        parts.append([*head, *current])
+    return parts, long_rounds

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from criadero.artifact import Artifact, create, open_artifact, resolve
 from criadero.data import dedup, filters
-from criadero.data.chats import FROM, detect, shapes_of
+from criadero.data.chats import FROM, detect, shapes_of, split_rounds
 from criadero.data.documents import Document, find_files, read_rows
 from criadero.data.filters import Tally
 from criadero.errors import UserError
@@ -274,34 +274,3 @@ def _split_all(
             yield Chat(
                 id, part, document.lang, document.source, document.licence, group=f"{document.source} {document.id}"
             )
-
-
-def split_rounds(
-    messages: Sequence[Message], measure: Callable[[Sequence[Message]], int], context: int
-) -> tuple[list[list[Message]], int]:
-    """A chat as parts of whole rounds (question and answer), each of at most `context` tokens; the system turn opens each.
-
-    A round that is too long by itself is left out; how many there were comes back too. The parts before and after it are separate.
-    """
-    if measure(messages) <= context:
-        return [list(messages)], 0
-    head = list(messages[:1]) if messages[0]["role"] == "system" else []
-    body = messages[len(head) :]
-    rounds = [list(body[n : n + 2]) for n in range(0, len(body), 2)]
-    parts: list[list[Message]] = []
-    current: list[Message] = []
-    long_rounds = 0
-    for one in rounds:
-        if current and measure([*head, *current, *one]) <= context:
-            current += one
-            continue
-        if current:
-            parts.append([*head, *current])
-            current = []
-        if measure([*head, *one]) <= context:
-            current = list(one)
-        else:
-            long_rounds += 1
-    if current:
-        parts.append([*head, *current])
-    return parts, long_rounds

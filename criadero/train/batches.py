@@ -106,9 +106,13 @@ class ExampleBatches:
             self._epochs = {epoch: [shuffled[i : i + self.rows] for i in range(0, len(shuffled), self.rows)]}
         return self._epochs[epoch]
 
-    def __call__(self, step: int) -> Batch:
+    def rows_at(self, step: int) -> list[list[int]]:
+        """The numbers of the examples in each row of a batch."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        rows = self._epoch(epoch)[index]
+        return self._epoch(epoch)[index]
+
+    def __call__(self, step: int) -> Batch:
+        rows = self.rows_at(step)
         length = max(sum(len(self.examples[i].ids) for i in row) for row in rows)
         return rows_to_batch(
             [[self.examples[i] for i in row] for row in rows], length, self.pad, self.dtype, self.device

@@ -58,6 +58,7 @@ def train(
     model: Llama, optimizer: Optimizer, batch_at: Callable[[int], Batch], loss: Loss, plan: Plan, folder: Path, *,
     evaluate: Callable[[], dict[str, Any]] | None = None, sample: Callable[[], list[str]] | None = None,
     track: Callable[[dict[str, Any]], None] | None = None, about: dict[str, Any] | None = None, label: str = "training",
+    name_batch: Callable[[int], str] = lambda n: f"batch {n + 1}",
 ) -> dict[str, Any]:  # fmt: skip
     """Run ``plan`` and return what it did: steps, tokens, seconds, last loss; the step and loss of the best, whether it ended early.
 
@@ -66,6 +67,7 @@ def train(
 
     ``batch_at(n)`` is the n-th micro-batch of the run. ``folder/resume`` takes resume points; when it already holds one, with
     the same ``about``, the run goes on from it and ends bit for bit where an unbroken run on the same machine ends.
+    A loss or gradient that is not finite ends the run: UserError with ``name_batch(n)``, and the state before it is kept.
     ``folder/metrics.jsonl`` gets a line a step. Ctrl-C and SIGTERM end the step in hand, save, and raise KeyboardInterrupt.
     """
     about = json.loads(json.dumps(about or {}))
@@ -74,6 +76,26 @@ def train(
     progress = Progress(label, plan.steps, start)
     saved = time.monotonic()
     last: dict[str, Any] = {}
+
+    def save(steps: int) -> None:
+        state = {"about": about, "tokens": tokens, "seconds": seconds, "optimizer_steps": optimizer.steps}
+        state["best"] = {"step": best.step, "loss": best.loss if best.step else None, "since": best.since}
+        kept = {BEST + name: tensor for name, tensor in best.weights.items()}
+        checkpoint.save(resume, steps, optimizer.state() | kept, state)
+
+    def diverged(step: int, what: str, first: int, number: int) -> UserError:
+        kept = "nothing was learned yet"
+        if step > start and plan.save_minutes > 0:
+            log.flush()
+            save(step)
+        if checkpoint.latest(resume):
+            kept = f"the last good state is kept in {resume}"
+        named = "; ".join(name_batch(n) for n in range(first, first + number))
+        return UserError(
+            f"step {step + 1}: the {what} is not finite in {named}; {kept}. Look at those examples, or start over "
+            f"(--no-resume) with a lower lr than {plan.lr:g} or dtype float32"
+        )
+
     with open(metrics_path, "a", encoding="utf-8") as log, _stop_between_steps() as stopping, progress:
         for step in range(start, plan.steps):
             if plan.patience and best.since >= plan.patience:
@@ -86,6 +108,8 @@ def train(
             for micro in range(plan.micro_batches):
                 batch = batch_at(step * plan.micro_batches + micro)
                 part, n, measured = loss(model, batch)
+                if not math.isfinite(float(part.detach())):
+                    raise diverged(step, "loss", step * plan.micro_batches + micro, 1)
                 if n:
                     part.backward()
                     optimizer.collect()
@@ -102,9 +126,7 @@ def train(
             try:
                 norm = optimizer.step(lr, divide_by=count, clip=plan.clip)
             except FloatingPointError:
-                raise UserError(
-                    f"step {step + 1}: the gradient is not finite; use a lower lr than {plan.lr:g} or dtype float32"
-                ) from None
+                raise diverged(step, "gradient", step * plan.micro_batches, plan.micro_batches) from None
             took = time.perf_counter() - began
             tokens, seconds = tokens + real, seconds + took
             last = {
@@ -124,10 +146,7 @@ def train(
             due = plan.save_minutes > 0 and time.monotonic() - saved > plan.save_minutes * 60
             if stopping() or (due and step + 1 < plan.steps):
                 log.flush()
-                state = {"about": about, "tokens": tokens, "seconds": seconds, "optimizer_steps": optimizer.steps}
-                state["best"] = {"step": best.step, "loss": best.loss if best.step else None, "since": best.since}
-                kept = {BEST + name: tensor for name, tensor in best.weights.items()}
-                checkpoint.save(resume, step + 1, optimizer.state() | kept, state)
+                save(step + 1)
                 saved = time.monotonic()
             if stopping():
                 progress.note(f"stopped after step {step + 1} of {plan.steps}; the same command goes on from here")

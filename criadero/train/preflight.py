@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from criadero.chat import Example
+from criadero.chat import Example, Message
+from criadero.data.filters import identify
 from criadero.errors import UserError
 from criadero.model import Llama
 from criadero.tokenizer import Tokenizer
 from criadero.train.batches import Batch
+
+LANGUAGES = {"en": "English", "es": "Spanish", "other": "other", "unknown": "not known"}
 
 
 @dataclass
@@ -36,13 +40,19 @@ class Report:
     supervised: int = 0
     held_out_supervised: int = 0
     duplicates: int = 0
-    contaminated: int = 0
+    contaminated: int = 0  # held-out chats that stand in the training part, word for word
+    near_contaminated: int = 0  # others whose question has most of a training question's words, in their order
+    near_example: str = ""
     too_long: int = 0
     longest: int = 0
     truncated_tokens: int = 0
     unsupervised: int = 0
     dropped: int = 0
+    parts: int = 0  # what chats that were too long were split into
+    noun: str = "chat"  # or "piece", of a plain document
+    long_rounds: int = 0  # rounds left out of them, too long by themselves
     refused_for_length: bool = False
+    languages: dict[str, int] = field(default_factory=dict)  # chats by language, all parts
 
     def count(self, train: Sequence[Example], held_out: Sequence[Example]) -> None:
         """Fill in the totals."""
@@ -60,6 +70,7 @@ class Report:
             "documents": self.chats,
             "tokens": self.tokens,
             "shape": self.shape,
+            "languages": self.languages,
             "counts": counts,
             "by_source": list(sources) or [row],
         }
@@ -77,7 +88,7 @@ def check(report: Report) -> None:
         raise UserError(
             f"{report.data}: {counted(report.too_long, 'chat')} {'is' if report.too_long == 1 else 'are'} longer than "
             f"{report.context} tokens (the longest has "
-            f"{report.longest}); choose --too_long drop or --too_long truncate, or a base with a longer context"
+            f"{report.longest}); choose --too_long split, drop or truncate, or a base with a longer context"
         )
     if report.chats == 0 and report.unsupervised:
         cut = f" after cutting them to {report.context} tokens" if report.truncated_tokens else ""
@@ -114,26 +125,70 @@ def measure_speed(model: Llama, batch: Batch, loss: Callable[..., Any]) -> float
     return batch.tokens / took
 
 
+def pieces(tokenizer: Tokenizer, example: Example, limit: int = 120) -> list[tuple[str, bool]]:
+    """The decoded example, cut where what is learned begins or ends; and whether each piece is."""
+    out: list[tuple[str, bool]] = []
+    shown, begin = example.ids[:limit], 0
+    for i in range(1, len(shown) + 1):
+        if i == len(shown) or example.loss_mask[i] != example.loss_mask[begin]:
+            out.append((tokenizer.decode(shown[begin:i], skip_special=False), bool(example.loss_mask[begin])))
+            begin = i
+    if len(example.ids) > limit:
+        out.append((f" ... ({len(example.ids) - limit} more tokens)", False))
+    return out
+
+
 def masked_example(tokenizer: Tokenizer, example: Example, limit: int = 120) -> Text:
     """The decoded example: what is learned in bold green, the rest dim; without colours, learned text stands in «»."""
     text = Text()
-    run: list[int] = []
-    shown = example.ids[:limit]
-    for i, token in enumerate(shown):
-        run.append(token)
-        learned = bool(example.loss_mask[i])
-        if i + 1 == len(shown) or bool(example.loss_mask[i + 1]) != learned:
-            piece = tokenizer.decode(run, skip_special=False)
-            text.append(f"«{piece}»" if learned else piece, style="bold green" if learned else "dim")
-            run = []
-    if len(example.ids) > limit:
-        text.append(f" ... ({len(example.ids) - limit} more tokens)", style="dim")
+    for piece, learned in pieces(tokenizer, example, limit):
+        text.append(f"«{piece}»" if learned else piece, style="bold green" if learned else "dim")
     return text
+
+
+def languages_of(chats: Sequence[Sequence[Message]]) -> dict[str, int]:
+    """How many chats are in which language, most first: "en", "es", "other", "unknown" (too short to say)."""
+    found = Counter(identify("\n".join(message["content"] for message in chat))[0] for chat in chats)
+    return dict(found.most_common())
+
+
+def near_questions(train: Sequence[Sequence[Message]], held_out: Sequence[Sequence[Message]]) -> tuple[int, str]:
+    """How many held-out chats ask almost what a training chat asks, without being one; and the first such question.
+
+    Two first questions are near when four fifths of the trigrams of letters of both are common (Jaccard): "Are you open on
+    Sundays?" and "are you open sundays". That is what other words for the same are measured by, so it is told, not refused.
+    """
+    asked = [trigrams(_question(chat)) for chat in train]
+    places: dict[str, list[int]] = {}
+    for n, grams in enumerate(asked):
+        for gram in grams:
+            places.setdefault(gram, []).append(n)
+    exact = {repr(chat) for chat in train}
+    count, example = 0, ""
+    for chat in held_out:
+        grams = trigrams(_question(chat))
+        if repr(chat) in exact or not grams:
+            continue
+        shared = Counter(n for gram in grams for n in places.get(gram, ()))
+        if any(common >= 0.8 * (len(grams) + len(asked[n]) - common) for n, common in shared.most_common(20)):
+            count += 1
+            example = example or _question(chat)
+    return count, example
+
+
+def trigrams(text: str) -> set[str]:
+    """The trigrams of the letters and digits of a text, words apart; folded to lower case."""
+    words = " ".join("".join(c if c.isalnum() else " " for c in text.casefold()).split())
+    return {words[i : i + 3] for i in range(len(words) - 2)}
+
+
+def _question(chat: Sequence[Message]) -> str:
+    return next((message["content"] for message in chat if message["role"] == "user"), "")
 
 
 def show(
     report: Report, tokenizer: Tokenizer, example: Example, *, base: str, method: str, trained: int, total: int, steps: int,
-    tokens: int, epochs: float, batch_tokens: int, memory: int, speed: float, why: str, lr: float,
+    tokens: int, epochs: float, batch_tokens: int, memory: int, speed: float, why: str, lr: float, rule: str,
 ) -> None:  # fmt: skip
     """Print the pre-flight to standard error."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -144,18 +199,24 @@ def show(
     console.print(Text("pre-flight", style="bold"))
     line("data", f"{report.data}: {report.shape}")
     skipped = f", {counted(report.bad, 'bad line')} skipped" if report.bad else ""
-    line("chats", f"{report.chats:,} to learn, {report.held_out:,} held out ({report.held_out_from}){skipped}")
+    line(
+        f"{report.noun}s", f"{report.chats:,} to learn, {report.held_out:,} held out ({report.held_out_from}){skipped}"
+    )
     share = report.supervised / report.tokens
     line(
         "tokens",
-        f"{report.tokens:,} a pass, {report.supervised:,} supervised ({share:.0%}); longest chat {report.longest} of {report.context}",
+        f"{report.tokens:,} a pass, {report.supervised:,} supervised ({share:.0%}); longest {report.noun} {report.longest} "
+        f"of {report.context}",
     )
     if report.unsupervised:
         line("left out", f"{counted(report.unsupervised, 'chat')} in which no assistant's token is left to learn")
     if report.too_long:
+        split = f"split into {counted(report.parts, 'part')}, " if report.parts else ""
+        rounds = f", {counted(report.long_rounds, 'round')} left out" if report.long_rounds else ""
         line(
             "too long",
-            f"{counted(report.too_long, 'chat')}: {report.dropped:,} dropped, {counted(report.truncated_tokens, 'token')} cut",
+            f"{counted(report.too_long, 'chat')}: {split}{report.dropped:,} dropped, "
+            f"{counted(report.truncated_tokens, 'token')} cut{rounds}",
         )
     if report.duplicates or report.contaminated:
         line(
@@ -163,8 +224,16 @@ def show(
             f"{counted(report.duplicates, 'duplicate chat')}; {counted(report.contaminated, 'held-out chat')} "
             f"{'is' if report.contaminated == 1 else 'are'} also in the training part",
         )
+    if report.near_contaminated:
+        line(
+            "note",
+            f"{counted(report.near_contaminated, 'held-out question')} almost as in the training part, such as "
+            f"{' '.join(report.near_example.split())[:60]!r}",
+        )
+    if report.languages:
+        line("languages", ", ".join(f"{LANGUAGES.get(lang, lang)} {n:,}" for lang, n in report.languages.items()))
     if report.held_out_supervised == 0:
-        line("warning", "no held-out chats: the effect cannot be measured")
+        line("warning", f"no held-out {report.noun}s: the effect cannot be measured")
     line("example", "what is learned stands in «»:")
     console.print(Text("    ").append_text(masked_example(tokenizer, example)))
     line("method", f"{method} on {base}: {trained:,} of {total:,} weights learn")
@@ -172,6 +241,7 @@ def show(
         "course",
         f"{counted(epochs, 'pass', 'passes')} in {counted(steps, 'step')} of about {batch_tokens:,} tokens, lr {lr:.2g}",
     )
+    line("ending", rule)
     line("computing", f"{why}; {counted(torch.get_num_threads(), 'thread')}; about {memory / 2**30:.1f} GiB of memory")
     line("time", f"about {tokens / speed:,.0f} s at {speed:,.0f} tokens/s")
     sys.stderr.flush()

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,24 +21,33 @@ from criadero import lora
 from criadero.artifact import BUNDLED, Artifact, create, open_artifact, resolve
 from criadero.card import read_words, write_card
 from criadero.chat import Example, Message, Template, builtin_template, render
-from criadero.data.chats import ChatFile, read_chats
+from criadero.data.chats import ChatFile, Shape, read_chats, split_rounds
 from criadero.errors import UserError
 from criadero.model import Llama, ModelConfig
 from criadero.tokenizer import Tokenizer
+from criadero.train.answers import answers, choose
 from criadero.train.batches import Batch, ExampleBatches, pack_examples, rows_to_batch
 from criadero.train.checkpoint import resumed_dtype
+from criadero.train.curves import read_metrics
 from criadero.train.hardware import choose_dtype, keep_memory, peak_memory_bytes
 from criadero.train.loop import Plan, train
 from criadero.train.loss import next_token_loss
 from criadero.train.optim import Optimizer
-from criadero.train.preflight import Report, check, measure_speed, show
+from criadero.train.preflight import Report, check, languages_of, measure_speed, near_questions, pieces, show
 from criadero.train.pretrain import check_memory, describe, estimate_bytes
 from criadero.train.progress import say
+from criadero.train.report import Comparison, write_report
+from criadero.train.texts import keep_apart, pieces_of, read_texts
+from criadero.train.track import HELP, Tracker, check_tracker, tracker
 
 ROW = 256  # tokens in a packed row, or as many as the longest chat: attention is quadratic in it
 # Peak learning rate times the hidden size: 4e-3 for LoRA at 320 was the best of a few (docs/log.md), 3e-4 at 4096 is customary;
 # 2e-5 for full tuning at 4096 is Llama 2's (section 3.1).
 LR = {"lora": 1.28, "qlora": 1.28, "dora": 1.28, "full": 0.082}
+MEASURES = 10  # held-out losses in a run
+MEASURING = 0.1  # of the time of training, at most, where that leaves two of them
+QUESTIONS = 6  # compared in the report
+SHORT = 40  # tokens of an answer on the way
 MAX_ALPHA = 1e4  # hundreds of times what is customary; far above it the products overflow
 
 
@@ -72,11 +81,20 @@ class SftRecipe:
     template: str | None = field(default=None, metadata={"help": "give a base without one this built-in chat template"})
     epochs: float = field(default=0.0, metadata={"help": "passes over the chats; 0: from 3 to 30, for about 200 steps"})
     max_length: int = field(default=0, metadata={"help": "longest example in tokens; 0: the model's context"})
-    too_long: Literal["refuse", "drop", "truncate"] = field(
-        default="refuse", metadata={"help": "examples longer than max_length: refuse the run, drop them, cut them"}
+    new_tokens: tuple[str, ...] = field(
+        default=(), metadata={"help": "special tokens to add, which the template writes; they begin as the mean of all"}
     )
-    train_on: Literal["all", "last"] = field(
-        default="all", metadata={"help": "learn every assistant turn, or the last"}
+    too_long: Literal["refuse", "drop", "truncate", "split"] = field(
+        default="refuse",
+        metadata={
+            "help": "chats longer than max_length: refuse the run, drop them, cut them, split them between rounds"
+        },
+    )
+    train_on: Literal["all", "last", "text"] = field(
+        default="all",
+        metadata={
+            "help": "learn every assistant turn, or the last; text: the data are plain documents, learn all of them"
+        },
     )
     batch_tokens: int = field(
         default=0, metadata={"help": "tokens an optimizer step; 0: a twentieth of the data, from 512 to 4096"}
@@ -89,6 +107,15 @@ class SftRecipe:
     weight_decay: float = field(default=0.0, metadata={"help": "on matrices"})
     clip: float = field(default=1.0, metadata={"help": "largest gradient norm"})
     dtype: Literal["auto", "float32", "bfloat16"] = field(default="auto", metadata={"help": "auto measures first"})
+    eval_every: int = field(
+        default=0, metadata={"help": "steps between held-out losses; 0: ten in a run, fewer where they would take long"}
+    )
+    patience: int = field(
+        default=3,
+        metadata={"help": "end after so many held-out losses in a row that are not the lowest; 0: never early"},
+    )
+    samples: int = field(default=2, metadata={"help": "held-out questions answered at each of them"})
+    track: Tracker = field(default="none", metadata={"help": HELP})
     seed: int = field(default=1, metadata={"help": "adapters, split and order"})
     skip_bad: bool = field(default=False, metadata={"help": "count malformed lines instead of refusing them"})
     save_minutes: float = field(default=5.0, metadata={"help": "between resume points"})
@@ -107,6 +134,8 @@ class Prepared:
     held_out: list[Example]
     report: Report
     chat_file: ChatFile
+    kept_apart: Sequence[list[Message]] = ()  # the chats of held_out, not rendered
+    places: Sequence[str] = ()  # where each of train stands
 
 
 def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool = True) -> Artifact:
@@ -123,7 +152,7 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
     words = read_words(recipe.card)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     adapts = recipe.method != "full"
-    kind = "adapter" if adapts and not recipe.merged else "chat"
+    kind = "adapter" if adapts and not recipe.merged else "chat" if _template(recipe, base_path) else "base"
     _check_base(base_path, kind)
     _check_method(recipe, base_path)
     sources, licence = _sources(recipe, data_path)
@@ -133,11 +162,16 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
         overwrite=overwrite, resume=resume,
     ) as draft:  # fmt: skip
         tokenizer, template, config = tokenizer_of(base_path), _template(recipe, base_path), load_config(base_path)
+        known = tokenizer.vocab_size
+        if recipe.new_tokens:
+            tokenizer = tokenizer.with_special(recipe.new_tokens)
+            config = dataclasses.replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size))
         if adapts:
             lora.check_rank(recipe.lora_rank, recipe.lora_targets, config)
         context = _context(recipe, config)
         prepared = prepare(recipe, data_path, tokenizer, template, context)
         check(prepared.report)
+        new_ids = _new_ids(recipe, tokenizer, prepared.train)
         _check_ids(prepared, config, recipe.base)
         draft.add_input("finetune_of", recipe.base)
         draft.add_input("trained_on", recipe.data, licence=licence)
@@ -148,11 +182,14 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
             model = load_frozen(base_path, dtype=dtype, device=device)
         else:
             model = load_model(base_path).to(device=device, dtype=dtype)
+        if new_ids:
+            lora.add_rows(model, config.vocab_size, known, new_ids)
         if adapts:
             parameters = lora.attach(
                 model, rank=recipe.lora_rank, alpha=recipe.lora_alpha, targets=recipe.lora_targets,
                 dropout=recipe.lora_dropout, rslora=recipe.rslora, dora=recipe.method == "dora", seed=recipe.seed,
             )  # fmt: skip
+            parameters += lora.train_rows(model, new_ids) if new_ids else []
         else:
             parameters = list(model.named_parameters())
         pad = tokenizer.pad_id if tokenizer.pad_id is not None else 0
@@ -167,6 +204,14 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
         epochs = recipe.epochs or min(max(math.ceil(200 * micro / batches.steps_per_epoch), 3), 30)
         steps = max(1, math.ceil(epochs * batches.steps_per_epoch / micro))
         evaluation = example_batches(prepared.held_out, length, rows, pad, dtype, device)
+        every = recipe.eval_every or measure_every(steps, epochs * prepared.report.tokens, prepared.held_out)
+        rule = ending(every if evaluation else 0, recipe.patience)
+        asked = (
+            choose(prepared.kept_apart, tokenizer, template, context, max(QUESTIONS, recipe.samples))
+            if template
+            else []
+        )
+        ends = _ends(config, prepared.train, tokenizer)
         trained = sum(p.numel() for _, p in parameters)
         memory = estimate_bytes(config, rows * length, dtype)
         if adapts:  # no gradients, masters or moments for the frozen weights
@@ -178,8 +223,10 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
             prepared.report, tokenizer, prepared.train[0], base=recipe.base, method=recipe.method, trained=trained,
             total=config.parameters(), steps=steps, tokens=int(epochs * prepared.report.tokens),
             epochs=epochs, batch_tokens=batch_tokens, memory=memory, speed=speed, why=why, lr=lr,
+            rule=rule[0],
         )  # fmt: skip
         before = held_out_loss(model, evaluation)
+        answers_before = answers(model, asked, tokenizer, _listed(ends))
         if evaluation:
             say(f"held-out loss before: {before['loss']:.4f} on {before['supervised']:,} supervised tokens")
         optimizer = Optimizer(
@@ -188,15 +235,25 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
         )  # fmt: skip
         plan = Plan(
             steps=steps, micro_batches=micro, lr=lr, schedule=recipe.schedule, warmup=recipe.warmup, clip=recipe.clip,
-            seed=recipe.seed, save_minutes=recipe.save_minutes,
+            seed=recipe.seed, save_minutes=recipe.save_minutes, eval_every=every, keep_best=bool(evaluation),
+            patience=recipe.patience,
         )  # fmt: skip
+        sampled = asked[: recipe.samples]
         model.train()
-        done = train(
-            model, optimizer, batches, next_token_loss, plan, draft.path, about={"dtype": str(dtype)}, label="tuning"
-        )
+        with tracker(recipe.track, out, draft.path, dataclasses.asdict(recipe)) as track:
+            done = train(
+                model, optimizer, batches, next_token_loss, plan, draft.path, about={"dtype": str(dtype)}, label="tuning",
+                evaluate=(lambda: {"chats": held_out_loss(model, evaluation)}) if evaluation else None,
+                sample=(lambda: answers(model, sampled, tokenizer, _listed(ends), SHORT)) if sampled else None, track=track,
+                name_batch=lambda n: _named(prepared.places, batches.rows_at(n)),
+            )  # fmt: skip
         after = held_out_loss(model, evaluation)
+        answers_after = answers(model, asked, tokenizer, _listed(ends))
         if evaluation:
-            say(f"held-out loss after:  {after['loss']:.4f} ({after['loss'] - before['loss']:+.4f})")
+            kept = f"; step {done['best_step']} is kept" if done["best_step"] not in (0, done["steps"]) else ""
+            say(f"held-out loss after:  {after['loss']:.4f} ({after['loss'] - before['loss']:+.4f}){kept}")
+            if not after["loss"] < before["loss"]:
+                say("warning: the held-out loss did not fall: more or other examples are needed, or a lower lr")
             draft.metrics += [
                 {
                     "suite": "held_out",
@@ -207,10 +264,11 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
                 }
                 for name, scores in (("before", before), ("after", after))
             ]
-        config = dataclasses.replace(config, eos_token_id=_ends(config, prepared.train, tokenizer))
+        config = dataclasses.replace(config, eos_token_id=ends)
         _write(recipe, model, config, tokenizer, template, draft.path, _base_name(recipe.base, out))
         draft.data.update(prepared.report.table(data_path, licence, sources))
         draft.model.update(describe(config) | {"trained_params": trained, "method": recipe.method})
+        derived = {"lr": lr, "epochs": epochs, "batch_tokens": batch_tokens, "eval_every": every, "row_length": length}
         draft.step.update(
             {
                 "tokens": done["tokens"],
@@ -218,13 +276,61 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
                 "seconds": round(done["seconds"], 1),
                 "dtype": str(dtype).removeprefix("torch."),
                 "peak_memory_bytes": peak_memory_bytes(),
-                "derived": {"lr": lr, "epochs": epochs, "batch_tokens": batch_tokens},
+                "best_step": done["best_step"],
+                "ended_early": done["ended_early"],
+                "derived": derived,
             }
         )
+        write_report(
+            draft.path,
+            Comparison(
+                name=recipe.model_name or out.name, base=recipe.base, method=recipe.method, trained=trained,
+                total=config.parameters(), before=before["loss"], after=after["loss"], supervised=int(before["supervised"]),
+                lines=read_metrics(draft.path / "metrics.jsonl"), best_step=done["best_step"], rule=rule, asked=asked,
+                answers_before=answers_before, answers_after=answers_after, counts=vars(prepared.report),
+                languages=prepared.report.languages, licence=licence, example=pieces(tokenizer, prepared.train[0]),
+                settings=_given(recipe), derived=derived | {"dtype": str(dtype).removeprefix("torch.")},
+            ),
+        )  # fmt: skip
         write_card(
             draft, out, name=recipe.model_name, kind=kind, licence=recipe.model_licence, base=recipe.base, words=words
         )
     return open_artifact(out)
+
+
+def measure_every(steps: int, tokens: float, held_out: Sequence[Example]) -> int:
+    """Steps between held-out losses: `MEASURES` in a run, or so many as take `MEASURING` of its time, but at least two. A loss
+    costs a third of a step on the same tokens."""
+    each = sum(len(example.ids) for example in held_out) / 3
+    count = min(MEASURES, max(2, int(MEASURING * tokens / max(1, each))))
+    return max(1, math.ceil(steps / count))
+
+
+def ending(every: int, patience: int) -> tuple[str, str]:
+    """How a run is to end, in English and Spanish; ``every`` 0: nothing is held out."""
+    if not every:
+        return "at the last step: nothing is held out to go by", "en el último paso: no hay nada apartado que lo guíe"
+    steps, pasos = ("every step", "en cada paso") if every == 1 else (f"every {every} steps", f"cada {every} pasos")
+    kept, queda = "the weights of the lowest held-out loss are kept", "se guardan los pesos de la pérdida más baja"
+    if not patience:
+        return (f"at the last step; measured {steps}, {kept}", f"en el último paso; se mide {pasos} y {queda}")
+    row, serie = (
+        ("one is", "una no es") if patience == 1 else (f"{patience} in a row are", f"{patience} seguidas no son")
+    )
+    return (
+        f"at the last step, or when {row} not below the lowest; measured {steps}, {kept}",
+        f"en el último paso, o cuando {serie} menor que la más baja; se mide {pasos} y {queda}",
+    )
+
+
+def _given(recipe: SftRecipe) -> dict[str, Any]:
+    """The settings that differ from the defaults."""
+    fields = {one.name: one.default for one in dataclasses.fields(recipe)}
+    return {name: value for name, value in dataclasses.asdict(recipe).items() if value != fields[name]}
+
+
+def _listed(ends: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    return () if ends is None else (ends,) if isinstance(ends, int) else ends
 
 
 def _write(
@@ -232,7 +338,7 @@ def _write(
     model: Llama,
     config: ModelConfig,
     tokenizer: Tokenizer,
-    template: Template,
+    template: Template | None,
     folder: Path,
     base: str,
 ) -> None:
@@ -241,7 +347,7 @@ def _write(
     from criadero.train.curves import write_curves
 
     write_curves(folder, title=f"tuning {recipe.base}")
-    tokenizer.save(folder, chat_template=template.source)
+    tokenizer.save(folder, chat_template=template.source if template else None)
     if recipe.method != "full" and not recipe.merged:
         ends = list(config.eos_ids)
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}) + "\n", encoding="utf-8")
@@ -259,7 +365,8 @@ def _check_recipe(recipe: SftRecipe) -> None:
     for name in ("lr", "held_out_share", "lora_dropout"):
         if not 0 <= getattr(recipe, name) < 1:
             raise UserError(f"{name} must be at least 0 and below 1, not {getattr(recipe, name):g}")
-    for name in ("max_length", "weight_decay", "clip", "save_minutes"):
+    check_tracker(recipe.track)
+    for name in ("max_length", "weight_decay", "clip", "save_minutes", "eval_every", "patience", "samples"):
         if getattr(recipe, name) < 0:
             raise UserError(f"{name} must not be negative, but it is {getattr(recipe, name):g}")
     if recipe.batch_tokens < 0:
@@ -366,14 +473,45 @@ def _sources(recipe: SftRecipe, data: Path) -> tuple[list[dict[str, Any]], str]:
     return rows, declared or " / ".join(sorted({str(row.get("licence") or "unknown") for row in rows})) or "unknown"
 
 
-def _template(recipe: SftRecipe, base: Path) -> Template:
+def _template(recipe: SftRecipe, base: Path) -> Template | None:
+    """None: a base without one, which plain documents do not need."""
     from criadero.checkpoints import template_of
 
-    return builtin_template(recipe.template) if recipe.template else template_of(base)
+    if recipe.template:
+        return builtin_template(recipe.template)
+    try:
+        return template_of(base)
+    except UserError:
+        if recipe.train_on == "text":
+            return None
+        raise
 
 
-def prepare(recipe: SftRecipe, data: Path, tokenizer: Tokenizer, template: Template, context: int) -> Prepared:
+def _new_ids(recipe: SftRecipe, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[int]:
+    """The ids of the new tokens. UserError when one stands in no example: its row would never learn."""
+    seen = {id for example in examples for id in example.ids} if recipe.new_tokens else set()
+    for name in recipe.new_tokens:
+        if tokenizer.special[name] not in seen:
+            raise UserError(
+                f"new_tokens: {name!r} stands in no rendered chat, so its row would never learn: the template has to write it "
+                "(what spells it inside a message is plain text)"
+            )
+    return [tokenizer.special[name] for name in recipe.new_tokens]
+
+
+def _named(places: Sequence[str], rows: Sequence[Sequence[int]], most: int = 4) -> str:
+    """Where the examples of a batch stand."""
+    found = [places[i] for row in rows for i in row]
+    more = f" and {len(found) - most} more" if len(found) > most else ""
+    return f"the batch of {', '.join(found[:most])}{more}"
+
+
+def prepare(recipe: SftRecipe, data: Path, tokenizer: Tokenizer, template: Template | None, context: int) -> Prepared:
     """Read, split and render the chats; counts of everything that happened to them stand in the report."""
+    if recipe.train_on == "text":
+        return _prepare_texts(recipe, data, tokenizer, context)
+    assert template
+    learn: Literal["all", "last"] = "last" if recipe.train_on == "last" else "all"
     chat_file = read_dataset_chats(data, "train", skip_bad=recipe.skip_bad)
     places = dict(zip(map(id, chat_file.chats), chat_file.places, strict=True))
     chats: Sequence[list[Message]] = chat_file.chats
@@ -391,24 +529,69 @@ def prepare(recipe: SftRecipe, data: Path, tokenizer: Tokenizer, template: Templ
     )
     seen = {repr(chat) for chat in chats}
     report.contaminated = sum(repr(chat) in seen for chat in kept_apart)
+    report.near_contaminated, report.near_example = near_questions(chats, kept_apart)
     report.duplicates = len(chats) - len(seen)
+    report.languages = languages_of([*chats, *kept_apart])
 
-    def examples(these: Sequence[list[Message]], policy: str, counts: Report) -> list[Example]:
+    def drawn(chat: list[Message]) -> Example:
+        try:
+            return render(chat, tokenizer, template, train_on=learn)
+        except UserError as error:
+            raise UserError(f"{places[id(chat)]}: {error}") from None
+
+    def examples(these: Sequence[list[Message]], policy: str, counts: Report) -> list[tuple[Example, str]]:
         found = []
         for chat in these:
-            try:
-                example = render(chat, tokenizer, template, train_on=recipe.train_on)
-            except UserError as error:
-                raise UserError(f"{places[id(chat)]}: {error}") from None
-            if fitting := _fit(example, context, policy, counts):
-                found.append(fitting)
+            parts = [drawn(chat)]
+            if policy == "split" and len(parts[0].ids) > context:
+                parts = _split_long(chat, parts[0], lambda m: render(m, tokenizer, template, train_on=learn),
+                                    context, counts)  # fmt: skip
+            for example in parts:
+                if fitting := _fit(example, context, policy, counts):
+                    found.append((fitting, places[id(chat)]))
         return found
 
-    train_examples = examples(chats, recipe.too_long, report)
+    kept = examples(chats, recipe.too_long, report)
+    train_examples = [example for example, _ in kept]
     # what it is measured on is cut, never refused: no weights depend on it
-    held_out = examples(kept_apart, "truncate", Report("", "", 0, "", context))
+    held_out = [example for example, _ in examples(kept_apart, "truncate", Report("", "", 0, "", context))]
     report.count(train_examples, held_out)
-    return Prepared(train_examples, held_out, report, chat_file)
+    return Prepared(train_examples, held_out, report, chat_file, kept_apart, [place for _, place in kept])
+
+
+def _split_long(
+    chat: list[Message], whole: Example, draw: Callable[[Sequence[Message]], Example], context: int, report: Report
+) -> list[Example]:
+    """A chat that is too long as parts of whole rounds, counted; none when each of its rounds is too long by itself."""
+    parts, long_rounds = split_rounds(chat, lambda messages: len(draw(messages).ids), context)
+    report.too_long += 1
+    report.longest = max(report.longest, len(whole.ids))
+    report.parts += len(parts)
+    report.long_rounds += long_rounds
+    report.dropped += not parts
+    return [draw(part) for part in parts]
+
+
+def _prepare_texts(recipe: SftRecipe, data: Path, tokenizer: Tokenizer, context: int) -> Prepared:
+    """Plain documents, cut into pieces of the context; nothing of them is left out."""
+    texts, bad = read_texts(data, "train", skip_bad=recipe.skip_bad)
+    total = len(texts)
+    if recipe.held_out or _split_files(data, "held_out"):
+        apart, _ = read_texts(_data_path(recipe.held_out or str(data)), "held_out", skip_bad=recipe.skip_bad)
+        how = recipe.held_out or "the dataset's held-out split"
+    else:
+        texts, apart = keep_apart(texts, recipe.held_out_share, recipe.seed)
+        how = f"{len(apart)} of {total} documents kept apart by a hash of their text"
+    report = Report(str(data), "plain documents, all of their tokens learned", len(bad), how, context, noun="piece")
+    seen = {one.text for one in texts}
+    report.duplicates, report.contaminated = len(texts) - len(seen), sum(one.text in seen for one in apart)
+    kept = [(example, one.place) for one in texts for example in pieces_of(one.text, tokenizer, context)]
+    train_examples = [example for example, _ in kept]
+    held_out = [example for one in apart for example in pieces_of(one.text, tokenizer, context)]
+    report.count(train_examples, held_out)
+    counts = {"documents": len(texts), "pieces": len(train_examples), "bad": len(bad)}
+    nothing = ChatFile([], Shape("text", ()), counts, bad)
+    return Prepared(train_examples, held_out, report, nothing, [], [place for _, place in kept])
 
 
 def _fit(example: Example, context: int, policy: str, report: Report) -> Example | None:
