@@ -1,6 +1,6 @@
 # What is made: .venv (demo), the tests' tools in it (test), .compat (an older transformers, for one test), .peers (llama.cpp, for bench).
 # `make` alone lists the targets. PYTHON=/path/to/python chooses the interpreter for .venv.
-.PHONY: help demo test test-all lint docs bench compat constraints cria clean
+.PHONY: help demo test test-all lint docs bench compat constraints cria page page-check clean
 
 help:
 	@echo "make demo     install into .venv, then customise the bundled model and talk to it"
@@ -10,6 +10,7 @@ help:
 	@echo "make bench    the demo's steps, a training step beside transformers, the engine beside llama.cpp (built into .peers)"
 	@echo "make compat   check what is written against an older transformers"
 	@echo "make cria     raise the bundled models again from their sources (hours; goes on where it was cut off)"
+	@echo "make page     build the chat page from web/ into criadero/serve/static (needs npm; page-check: only compare)"
 	@echo "make clean    remove .venv, .peers, .compat and caches (never a model)"
 
 demo: .venv/installed
@@ -49,6 +50,12 @@ cria: .venv/installed
 	@cp -R out/cria/06-chat criadero/bundled/cria-chat
 	@.venv/bin/criadero passport verify cria
 	@.venv/bin/criadero passport verify cria-chat
+
+page:
+	@web/check.sh --write
+
+page-check:
+	@web/check.sh
 
 clean:
 	@rm -rf .venv .peers .compat .compat.partial build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
