@@ -22,7 +22,7 @@ from criadero.config import ModelConfig
 from criadero.engine.runner import PAGE, StepBatch, native_available
 from criadero.engine.torch_runner import TorchRunner
 from criadero.errors import UserError
-from criadero.kernels import native
+from criadero.kernels import native, pack
 from criadero.lora import adapters, attach, save_adapter
 from criadero.model import Llama
 from criadero.quantization.rounding import round_matrix
@@ -159,7 +159,7 @@ def test_gguf_files_with_k_quants(tmp_path: Path) -> None:
     writer.close()
     load = open_weights(tmp_path / "m.gguf")[1]
     for slot, form in (("mlp.up", (4, 32, False)), ("mlp.down", (8, 16, True))):
-        weight = load(f"model.layers.0.{slot}_proj.weight")
+        weight = load(f"model.layers.0.{slot}_proj.weight").unpack()
         assert (weight.bits, weight.group, weight.mins is None) == form
     check(tmp_path / "m.gguf", 3e-2)
 
@@ -184,6 +184,10 @@ def test_ggml_blocks_are_unpacked_as_the_twin_does(kind: str) -> None:
         right = wanted.rows(order)
         for got, want in zip(made, (right.q, right.scales, right.mins), strict=True):
             assert (got is None and want is None) or np.array_equal(got, want)
+        straight = native().Linear.pack_ggml(kind, raw.reshape(-1), rows, columns, heads, 2)
+        x = random.standard_normal((3, columns), dtype=np.float32)
+        assert np.array_equal(straight.apply(x, 2), pack(right, 2).apply(x, 2))
+        assert straight.nbytes == pack(right, 2).nbytes
     q, scales, mins = outs()
     flat = raw.reshape(-1)
     for wrong in (
@@ -194,6 +198,18 @@ def test_ggml_blocks_are_unpacked_as_the_twin_does(kind: str) -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match=r"needed|known|heads|blocks"):
             native().repack_ggml(*wrong)
+    for few in (
+        (kind, flat[1:], rows, columns, 0, 1),
+        (kind, flat, rows, columns, 5, 1),
+        ("Q5_K", flat, rows, columns, 0, 1),
+    ):
+        with pytest.raises(ValueError, match=r"needed|known|heads"):
+            native().Linear.pack_ggml(*few)
+    damaged = raw.copy()
+    damaged[7, {"Q6_K": 208}.get(kind, 0) :][:2] = (0, 0x7C)  # an infinite scale
+    damaged[7, 192:208] = 1
+    with pytest.raises(ValueError, match="finite"):
+        native().Linear.pack_ggml(kind, damaged.reshape(-1), rows, columns, 0, 2)
 
 
 @pytest.mark.parametrize(("weights", "most"), [("f32", 1e-5), ("bf16", 1e-2), ("int8", 2e-2), ("int4", 3e-2)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Weight = QuantTensor | np.ndarray  # an array: float32, float16, or uint16 that holds the bits of bfloat16
-Load = Callable[[str], Weight]  # by Hugging Face's name of the tensor; once each
 WEIGHTS = {
     "auto": "auto", "float32": "f32", "f32": "f32", "bfloat16": "bf16", "bf16": "bf16", "int8": "int8", "int4": "int4",
 }  # fmt: skip
@@ -44,9 +44,45 @@ NORMS = {"input_layernorm": "input", "post_attention_layernorm": "post"}
 EMBEDDING = "model.embed_tokens.weight"
 UNIT = 16  # positions: pages are a multiple of it
 OWN = 2**30  # the number of the adapter that `ref` itself is
-COPIED = (
-    2**25
-)  # bytes up to which an embedding is copied; a larger one stays in the mapped file, where only used rows are read
+# bytes up to which an embedding is copied; a larger one stays in the mapped file, where only used rows are read
+COPIED = 2**25
+
+
+@dataclass(frozen=True)
+class GgmlBlocks:
+    """A quantised matrix as it lies in a mapped GGUF file. ``heads``: rows are in the order that rotates neighbours (else 0)."""
+
+    kind: str
+    raw: np.ndarray  # uint8, the bytes of the tensor
+    shape: tuple[int, int]
+    heads: int
+    where: str  # for messages
+    threads: int
+
+    @property
+    def form(self) -> tuple[int, int]:
+        """Bits and group of the `QuantTensor` that it becomes."""
+        return (4, 32) if self.kind in ("Q4_0", "Q4_K") else (8, 16 if self.kind == "Q6_K" else 32)
+
+    def described(self) -> str:
+        """As `criadero.kernels.formats.describe` says it."""
+        return "int{} g{}".format(*self.form) + (" with minimums" if self.kind == "Q4_K" else "")
+
+    def unpack(self) -> QuantTensor:
+        """The same numbers in a `QuantTensor`'s order."""
+        from criadero.checkpoints.ggml import finite
+
+        (bits, group), (rows, columns), wide = self.form, self.shape, self.kind.endswith("_K")
+        q = np.empty((rows, columns * bits // 8), np.uint8 if bits == 4 else np.int8)
+        scales = np.empty((rows, columns // group), np.float32 if wide else np.float16)
+        mins = np.empty((rows, columns // group), np.float32) if self.kind == "Q4_K" else None
+        native().repack_ggml(self.kind, self.raw, rows, columns, self.heads, self.threads, q, scales, mins)  # type: ignore[union-attr]
+        if not (finite(scales) and (mins is None or finite(mins))):
+            raise UserError(f"{self.where} holds values that are not finite; get the file again")
+        return QuantTensor(bits, group, q, scales, mins)
+
+
+Load = Callable[[str], Weight | GgmlBlocks]  # by Hugging Face's name of the tensor; once each
 
 
 class NativeRunner:
@@ -197,15 +233,27 @@ def _fill(
     kinds: Counter[str] = Counter()
     rest: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]] = {}
 
-    def packed(name: str, weight: Weight) -> Any:
-        weight = converted(weight, form)
-        kind = describe(weight) if isinstance(weight, QuantTensor) else "bf16" if weight.dtype == np.uint16 else "f32"
+    def packed(name: str, weight: Weight | GgmlBlocks) -> Any:
+        if isinstance(weight, GgmlBlocks) and form not in ("auto", f"int{weight.form[0]}"):
+            unpacked = weight.unpack()
+            _forget(weight.raw)
+            weight = unpacked
+        if not isinstance(weight, GgmlBlocks):
+            weight = converted(weight, form)
+        if isinstance(weight, np.ndarray):
+            kind = "bf16" if weight.dtype == np.uint16 else "f32"
+        else:
+            kind = weight.described() if isinstance(weight, GgmlBlocks) else describe(weight)
         kinds[kind] += weight.shape[0] * weight.shape[1]
         try:
-            made = pack(weight, threads)
+            if isinstance(weight, GgmlBlocks):
+                made = native().Linear.pack_ggml(weight.kind, weight.raw, *weight.shape, weight.heads, threads)  # type: ignore[union-attr]
+            else:
+                made = pack(weight, threads)
         except ValueError as error:
-            raise UserError(f"tensor {name} cannot be used by the native runner: {error}") from None
-        _forget(weight)
+            where = weight.where if isinstance(weight, GgmlBlocks) else f"tensor {name}"
+            raise UserError(f"{where} cannot be used by the native runner: {error}; get the file again") from None
+        _forget(weight.raw if isinstance(weight, GgmlBlocks) else weight)
         return made
 
     frequencies, factor = rope_frequencies(config)
@@ -221,25 +269,30 @@ def _fill(
                 model.set_head(head)
                 model.set_embedding_linear(head)
             else:
-                _set_embedding(model, weight)
+                _set_embedding(model, weight.unpack() if isinstance(weight, GgmlBlocks) else weight)
         elif name == "lm_head.weight":
             model.set_head(packed(name, weight))
         elif name == "model.norm.weight":
-            model.set_norm(0, "final", floats(weight))
+            model.set_norm(0, "final", _vector(weight))
         else:
             _, _, number, inner = name.removesuffix(".weight").split(".", 3)  # model.layers.3.self_attn.q_proj
             layer = int(number)
             if inner in NORMS:
-                model.set_norm(layer, NORMS[inner], floats(weight))
+                model.set_norm(layer, NORMS[inner], _vector(weight))
                 continue
             key = layer, SLOT_OF[inner]
-            if key in own and not isinstance(weight, QuantTensor):
+            if key in own and isinstance(weight, np.ndarray):
                 weight = _merged(weight, *own[key])
             elif key in own:
                 rest[key] = own[key]
             model.set_linear(*key, packed(name, weight))
     native().give_back_memory()  # type: ignore[union-attr]
     return kinds, rest
+
+
+def _vector(weight: Weight | GgmlBlocks) -> np.ndarray:
+    assert isinstance(weight, np.ndarray)  # the formats of blocks are for matrices
+    return floats(weight)
 
 
 def converted(weight: Weight, form: str) -> Weight:
@@ -290,12 +343,15 @@ def _forget(weight: Weight) -> None:
     """Tell the system that the mapped pages of a tensor are not needed any more, so that they do not count as ours."""
     for array in (weight.q, weight.scales, weight.mins) if isinstance(weight, QuantTensor) else (weight,):
         base: Any = array
+        whole = array
         while isinstance(base, np.ndarray):
-            base = base.base
+            whole, base = base, base.base
         if isinstance(base, memoryview):
             base = base.obj
-        if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            base.madvise(mmap.MADV_DONTNEED)
+        if isinstance(base, mmap.mmap) and array is not None and hasattr(mmap, "MADV_DONTNEED"):
+            begin = array.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
+            first = begin // mmap.PAGESIZE * mmap.PAGESIZE
+            base.madvise(mmap.MADV_DONTNEED, first, begin + array.nbytes - first)
 
 
 # --- files ---
@@ -320,7 +376,7 @@ def open_weights(path: Path, threads: int = 1) -> tuple[ModelConfig, Load]:
 
 
 def _open_gguf(path: Path, threads: int) -> tuple[ModelConfig, Load]:
-    """The tensors of a GGUF file, unpacked from the mapped file by all threads; see `criadero.checkpoints.ggml_quantised`."""
+    """The tensors of a GGUF file; see `criadero.checkpoints.ggml_quantised` for its formats."""
     from criadero.checkpoints.ggml import finite
     from criadero.checkpoints.ggml_quantised import KEPT
     from criadero.checkpoints.gguf import _reorder, gguf_name, hf_name, read_gguf_config
@@ -336,41 +392,19 @@ def _open_gguf(path: Path, threads: int) -> tuple[ModelConfig, Load]:
     whole = np.memmap(path, np.uint8, "r")
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
 
-    held: dict[str, np.ndarray] = {}
-
-    def room(what: str, rows: int, columns: int, dtype: Any) -> np.ndarray:
-        size = rows * columns * np.dtype(dtype).itemsize
-        if what not in held or held[what].nbytes < size:
-            held[what] = np.empty(size, np.uint8)
-        return held[what][:size].view(dtype).reshape(rows, columns)
-
-    def load(name: str) -> Weight:
+    def load(name: str) -> Weight | GgmlBlocks:
         info = header.tensors[gguf_name(name)]
         if info.kind not in KEPT or len(info.shape) != 2:
             plain = read_array(header, info.name)
             if not finite(plain):
                 raise UserError(f"{path}: tensor {info.name!r} holds values that are not finite; get the file again")
             return np.ascontiguousarray(_reorder(name, config, to_rotate_half, plain))
-        raw, order = whole[info.offset : info.offset + info.size], heads.get(name.split(".")[-2], 0)
-        bits, group = (4, 32) if info.kind in ("Q4_0", "Q4_K") else (8, 16 if info.kind == "Q6_K" else 32)
+        raw = whole[info.offset : info.offset + info.size]
         rows, columns = info.shape
-        # memory that is used for every matrix, but the kept embedding: what is freed between packed ones leaves holes
-        take = _take if name == EMBEDDING and not config.tie_word_embeddings else room
-        q = take("q", rows, columns * bits // 8, np.uint8 if bits == 4 else np.int8)
-        wide = np.float32 if info.kind.endswith("_K") else np.float16
-        scales = take("scales", rows, columns // group, wide)
-        mins = take("mins", rows, columns // group, np.float32) if info.kind == "Q4_K" else None
-        native().repack_ggml(info.kind, raw, rows, columns, order, threads, q, scales, mins)  # type: ignore[union-attr]
-        _forget(raw)
-        if not (finite(scales) and (mins is None or finite(mins))):
-            raise UserError(f"{path}: tensor {info.name!r} holds values that are not finite; get the file again")
-        return QuantTensor(bits, group, q, scales, mins)
+        order = heads.get(name.split(".")[-2], 0)
+        return GgmlBlocks(info.kind, raw, (rows, columns), order, f"{path}: tensor {info.name!r}", threads)
 
     return config, load
-
-
-def _take(what: str, rows: int, columns: int, dtype: Any) -> np.ndarray:
-    return np.empty((rows, columns), dtype)
 
 
 def map_folder(folder: Path, config: ModelConfig) -> dict[str, Weight]:

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "ggml.h"
 
 namespace nb = nanobind;
 
@@ -61,6 +62,15 @@ PyLinear from_dense(const Array& w, const std::string& kind, int threads) {
     refuse(!is(w, nb::dlpack::dtype_code::UInt, 16), "bf16 weights: their bits as uint16 are needed");
     nb::gil_scoped_release release;
     return {pack_bf16(shared_pool(threads), rows, columns, static_cast<const uint16_t*>(w.data()))};
+}
+
+PyLinear py_pack_ggml(const std::string& kind, const Array& raw, int rows, int columns, int heads, int threads) {
+    const GgmlFormat format = ggml_format(kind);
+    refuse(rows < 1 || columns < 1 || columns % format.block, kind + ": " + std::to_string(columns) + " columns are no whole blocks");
+    const size_t needed = static_cast<size_t>(rows) * static_cast<size_t>(columns / format.block) * static_cast<size_t>(format.size);
+    refuse(!is(raw, nb::dlpack::dtype_code::UInt, 8) || raw.ndim() != 1 || raw.shape(0) != needed, "raw: " + std::to_string(needed) + " bytes are needed");
+    nb::gil_scoped_release release;
+    return {pack_ggml(shared_pool(threads), kind, static_cast<const uint8_t*>(raw.data()), rows, columns, heads)};
 }
 
 nb::ndarray<nb::numpy, float> new_floats(size_t rows, size_t columns) {
@@ -168,6 +178,8 @@ void bind_linear(nb::module_& m) {
     nb::class_<PyLinear>(m, "Linear", "Packed weights [N, K]; see csrc/linear.h.")
         .def_static("pack_quant", &from_quant, nb::arg("q"), nb::arg("scales"), nb::arg("mins").none(), nb::arg("bits"), nb::arg("group"),
                     nb::arg("threads"))
+        .def_static("pack_ggml", &py_pack_ggml, nb::arg("kind"), nb::arg("raw"), nb::arg("rows"), nb::arg("columns"), nb::arg("heads"),
+                    nb::arg("threads"), "GGUF's blocks, packed; see csrc/ggml.h.")
         .def_static("pack_dense", &from_dense, nb::arg("w"), nb::arg("kind"), nb::arg("threads"))
         .def("apply", &apply, nb::arg("x"), nb::arg("threads"), "x f32 [M, K] -> f32 [M, N].")
         .def("row",

@@ -13,6 +13,7 @@
 #include <string>
 #include <utility>
 
+#include "ggml.h"
 #include "vec.h"
 
 namespace criadero {
@@ -112,8 +113,17 @@ float largest(const Floats& table, size_t from, size_t to) {
     return top >= 0x7f800000u ? INFINITY : bits_to_float(top);
 }
 
-// The power of two that brings the largest of the tables' numbers to the top of f16's range, so that the small ones do not become
-// subnormal. It multiplies f16 input exactly.
+// The power of two that brings the largest of the tables' numbers (of the largest of its parts) to the top of f16's range, so that the small
+// ones do not become subnormal. It multiplies f16 input exactly.
+int exponent_of(const std::vector<float>& tops) {
+    const float top = *std::max_element(tops.begin(), tops.end());
+    refuse(!std::isfinite(top), "scales: a number that is not finite");
+    if (top == 0) return 0;
+    int exponent;
+    std::frexp(top, &exponent);  // top < 2^exponent
+    return 15 - exponent;
+}
+
 int exponent_of(Pool& pool, const Floats& scales, const Floats& mins, size_t count) {
     std::vector<float> tops(static_cast<size_t>(pool.threads()), 0.0f);
     pool.run([&](Worker& me) {
@@ -123,12 +133,7 @@ int exponent_of(Pool& pool, const Floats& scales, const Floats& mins, size_t cou
         if (mins.data) top = std::max(top, largest(mins, from, to));
         tops[static_cast<size_t>(me.index)] = top;
     });
-    const float top = *std::max_element(tops.begin(), tops.end());
-    refuse(!std::isfinite(top), "scales: a number that is not finite");
-    if (top == 0) return 0;
-    int exponent;
-    std::frexp(top, &exponent);  // top < 2^exponent
-    return 15 - exponent;
+    return exponent_of(tops);
 }
 
 // Number i of a table times 2^up as f16.
@@ -153,17 +158,23 @@ inline words4 shuffle_nibbles(words4 x) {
     return x ^ t ^ (t << 4);
 }
 
-// Row r of a span: 8 (4) columns in each word, 16 words further each time. No source: zeros, for rows beyond the last.
-void pack_int4(uint32_t* to, const uint8_t* from, int width) {
+// Four rows of a span, of which `there` exist (the others are zeros): 8 columns in each word, 16 words further each time.
+void pack_int4(uint32_t* to, const uint8_t* from, size_t row_bytes, int there, int width) {
     for (int k = 0; k < width / 8; k += 4) {
-        words4 four;
-        if (from) std::memcpy(&four, from + 4 * k, 16);
-        else four = words4{0x88888888u, 0x88888888u, 0x88888888u, 0x88888888u};
-        four = shuffle_nibbles(four);
-        for (int i = 0; i < 4; ++i) to[(k + i) * TILE] = four[i];
+        words4 rows[4];
+        for (int r = 0; r < 4; ++r) {
+            if (r < there) std::memcpy(&rows[r], from + static_cast<size_t>(r) * row_bytes + 4 * k, 16);
+            else rows[r] = words4{0x88888888u, 0x88888888u, 0x88888888u, 0x88888888u};
+            rows[r] = shuffle_nibbles(rows[r]);
+        }
+        for (int i = 0; i < 4; ++i) {
+            const words4 column = {rows[0][i], rows[1][i], rows[2][i], rows[3][i]};
+            std::memcpy(to + (k + i) * TILE, &column, 16);
+        }
     }
 }
 
+// One row of a span: 4 columns in each word. No source: zeros.
 void pack_int8(uint32_t* to, const uint8_t* from, int width, int there) {
     const int whole = from ? least(width, there) / 4 : 0;
     for (int k = 0; k < width / 4; ++k, to += TILE) {
@@ -172,6 +183,51 @@ void pack_int8(uint32_t* to, const uint8_t* from, int width, int there) {
         else if (from && there > 4 * k) std::memcpy(&word, from + 4 * k, static_cast<size_t>(there - 4 * k));
         *to = word ^ 0x80808080u;  // -128..127 as 0..255
     }
+}
+
+// What the tables' numbers are multiplied by to be stored as f16.
+struct Unit {
+    int exponent;
+    float factor;
+};
+
+// One tile from `filled` rows of numbers, scales and mins in a QuantTensor's order. `groups`: columns / group.
+void pack_tile(const Linear& w, uint8_t* tile, int filled, int bits, int group, const uint8_t* q, const Floats& scales, const Floats& mins, Unit unit) {
+    const size_t row_bytes = static_cast<size_t>(w.columns) * static_cast<size_t>(bits) / 8, groups = static_cast<size_t>(w.columns / group);
+    for (int from = 0; from < w.padded; from += SPAN) {
+        const int width = least(SPAN, w.padded - from);
+        uint8_t* to = tile + static_cast<size_t>(from / SPAN) * w.span_bytes;
+        uint32_t* words = reinterpret_cast<uint32_t*>(to);
+        if (bits == 4) {
+            for (int r = 0; r < TILE; r += 4) {
+                pack_int4(words + r, r < filled ? q + static_cast<size_t>(r) * row_bytes + from / 2 : nullptr, row_bytes, filled - r, width);
+            }
+        } else {
+            for (int r = 0; r < TILE; ++r) {
+                pack_int8(words + r, r < filled ? q + static_cast<size_t>(r) * row_bytes + from : nullptr, width, w.columns - from);
+            }
+        }
+        if (!w.group) continue;
+        uint16_t* halves = reinterpret_cast<uint16_t*>(to + static_cast<size_t>(width) * TILE * static_cast<size_t>(bits) / 8);
+        for (const Floats* table : {&scales, &mins}) {
+            if (!table->data) continue;
+            for (int k = from; k < from + width; k += w.group) {
+                for (int r = 0; r < TILE; ++r) {
+                    const bool there = r < filled && k < w.columns;
+                    const size_t place = static_cast<size_t>(r) * groups + static_cast<size_t>(k / group);
+                    *halves++ = there ? stored_half(*table, place, unit.exponent, unit.factor) : 0;
+                }
+            }
+        }
+    }
+    if (w.group) return;
+    float* to = reinterpret_cast<float*>(tile + stretch(w, w.padded));
+    for (int r = 0; r < TILE; ++r) to[r] = r < filled ? at(scales, static_cast<size_t>(r)) : 0.0f;
+}
+
+Floats from(const Floats& table, size_t place) {
+    if (!table.data) return table;
+    return {static_cast<const uint8_t*>(table.data) + place * (table.half ? 2 : 4), table.half};
 }
 
 }  // namespace
@@ -193,42 +249,60 @@ Linear pack_quant(Pool& pool, int rows, int columns, int bits, int group, const 
     const int groups = columns / group;
     const int exponent = per_row ? 0 : exponent_of(pool, scales, mins, static_cast<size_t>(rows) * static_cast<size_t>(groups));
     w.unit = std::ldexp(1.0f, -exponent);
-    const float up = std::ldexp(1.0f, exponent);
+    const Unit unit = {exponent, std::ldexp(1.0f, exponent)};
     const size_t row_bytes = static_cast<size_t>(columns) * static_cast<size_t>(bits) / 8;
 
     pool.run([&](Worker& me) {
         for (int t = me.first(w.tiles); t < me.last(w.tiles); ++t) {
-            uint8_t* tile = w.buffer.data + static_cast<size_t>(t) * w.tile_bytes;
-            const size_t row = static_cast<size_t>(t) * TILE;
+            const size_t row = static_cast<size_t>(t) * TILE, place = row * static_cast<size_t>(groups);
+            pack_tile(w, w.buffer.data + static_cast<size_t>(t) * w.tile_bytes, least(rows - t * TILE, TILE), bits, group,
+                      static_cast<const uint8_t*>(q) + row * row_bytes, from(scales, place), from(mins, place), unit);
+        }
+    });
+    return w;
+}
+
+Linear pack_ggml(Pool& pool, const std::string& kind, const uint8_t* raw, int rows, int columns, int heads) {
+    const GgmlMatrix matrix(kind, raw, rows, columns, heads);
+    const GgmlFormat& f = matrix.format;
+    Linear w = layout(f.bits == 8 ? Kind::int8 : f.mins ? Kind::int4_mins : Kind::int4, rows, columns, f.group);
+    const size_t groups = static_cast<size_t>(columns / f.group), row_bytes = static_cast<size_t>(columns) * static_cast<size_t>(f.bits) / 8;
+    // Tile by tile, so that what lies between the file and the packed matrix stays in a core's cache
+    struct Room {
+        std::vector<uint8_t> q;
+        std::vector<float> scales, mins;  // or f16 in half of it
+    };
+    std::vector<Room> rooms(static_cast<size_t>(pool.threads()), Room{std::vector<uint8_t>(row_bytes * TILE), std::vector<float>(groups * TILE),
+                                                                      std::vector<float>(f.mins ? groups * TILE : 0)});
+    std::vector<float> tops(static_cast<size_t>(pool.threads()), 0.0f);
+    auto largest_of = [&](const Room& room, int count) {
+        const size_t n = groups * static_cast<size_t>(count);
+        const float top = largest({room.scales.data(), !f.wide}, 0, n);
+        return f.mins ? std::max(top, largest({room.mins.data(), false}, 0, n)) : top;
+    };
+    pool.run([&](Worker& me) {
+        Room& room = rooms[static_cast<size_t>(me.index)];
+        float top = 0;
+        for (int row = me.first(rows); row < me.last(rows); ++row) {
+            matrix.tables(row, room.scales.data(), room.mins.data());
+            top = std::max(top, largest_of(room, 1));
+        }
+        tops[static_cast<size_t>(me.index)] = top;
+    });
+    const int exponent = exponent_of(tops);
+    w.unit = std::ldexp(1.0f, -exponent);
+    const Unit unit = {exponent, std::ldexp(1.0f, exponent)};
+    pool.run([&](Worker& me) {
+        Room& room = rooms[static_cast<size_t>(me.index)];
+        for (int t = me.first(w.tiles); t < me.last(w.tiles); ++t) {
             const int filled = least(rows - t * TILE, TILE);
-            const uint8_t* source = static_cast<const uint8_t*>(q) + row * row_bytes;
-            for (int from = 0; from < w.padded; from += SPAN) {
-                const int width = least(SPAN, w.padded - from);
-                uint8_t* to = tile + static_cast<size_t>(from / SPAN) * w.span_bytes;
-                for (int r = 0; r < TILE; ++r) {
-                    if (bits == 4) {
-                        pack_int4(reinterpret_cast<uint32_t*>(to) + r, r < filled ? source + r * row_bytes + from / 2 : nullptr, width);
-                    } else {
-                        pack_int8(reinterpret_cast<uint32_t*>(to) + r, r < filled ? source + r * row_bytes + from : nullptr, width, columns - from);
-                    }
-                }
-                if (per_row) continue;
-                uint16_t* halves = reinterpret_cast<uint16_t*>(to + static_cast<size_t>(width) * TILE * static_cast<size_t>(bits) / 8);
-                for (const Floats* table : {&scales, &mins}) {
-                    if (!table->data) continue;
-                    for (int k = from; k < from + width; k += inner) {
-                        for (int r = 0; r < TILE; ++r) {
-                            const bool there = r < filled && k < columns;
-                            const size_t place = (row + static_cast<size_t>(r)) * static_cast<size_t>(groups) + static_cast<size_t>(k / group);
-                            *halves++ = there ? stored_half(*table, place, exponent, up) : 0;
-                        }
-                    }
-                }
+            for (int r = 0; r < filled; ++r) {
+                const size_t place = static_cast<size_t>(r) * groups;
+                matrix.numbers(t * TILE + r, room.q.data() + static_cast<size_t>(r) * row_bytes);
+                matrix.tables(t * TILE + r, reinterpret_cast<uint8_t*>(room.scales.data()) + place * (f.wide ? 4 : 2), room.mins.data() + (f.mins ? place : 0));
             }
-            if (per_row) {
-                float* to = reinterpret_cast<float*>(tile + stretch(w, w.padded));
-                for (int r = 0; r < TILE; ++r) to[r] = r < filled ? at(scales, row + static_cast<size_t>(r)) : 0.0f;
-            }
+            pack_tile(w, w.buffer.data + static_cast<size_t>(t) * w.tile_bytes, filled, f.bits, f.group, room.q.data(), {room.scales.data(), !f.wide},
+                      {f.mins ? room.mins.data() : nullptr, false}, unit);
         }
     });
     return w;

@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <string>
 
 #include "cpu.h"
 #include "pool.h"
@@ -89,6 +90,8 @@ struct Floats {  // a view of [N, G] numbers in f16 or f32
     bool half = false;
 };
 Linear pack_quant(Pool& pool, int rows, int columns, int bits, int group, const void* q, Floats scales, Floats mins);
+// A matrix of a GGUF file (ggml.h): the same bits as pack_quant of what repack_ggml makes, without the way over memory.
+Linear pack_ggml(Pool& pool, const std::string& kind, const uint8_t* raw, int rows, int columns, int heads);
 Linear pack_f32(Pool& pool, int rows, int columns, const float* w);
 Linear pack_bf16(Pool& pool, int rows, int columns, const uint16_t* w);
 
