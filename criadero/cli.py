@@ -303,9 +303,16 @@ def show(
     speed: Annotated[
         bool, typer.Option("--speed", help="measure for a second how many tokens/s this machine's memory allows")
     ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="print where the page lies that compares a tuned model with its base")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say what an artifact is, what it was made of, and what memory it takes here."""
+    if report:
+        from criadero.summary import report_of
+
+        return print(report_of(ref))
     if lineage or svg:
         return cli_passport.picture(ref, lineage, svg)
     from criadero.summary import as_dict, describe, licence_of, needs_of

@@ -90,6 +90,15 @@ def _describe(ref: str | Path | Artifact, context: int | None, speed: bool) -> s
     return "\n".join(lines)
 
 
+def report_of(ref: str | Path | Artifact) -> Path:
+    """Where the page lies that compares a tuned model with its base; UserError where there is none."""
+    path = resolve(ref)
+    page = path / "report.html"
+    if not page.is_file():
+        raise UserError(f"{path}: there is no report.html in it: `criadero tune` puts one into what it makes")
+    return page.resolve()
+
+
 def needs_of(ref: str | Path | Artifact, *, context: int | None = None, speed: bool = False) -> dict[str, Any] | None:
     """What computing with a model takes on this machine (`criadero.engine.fit.needs`); None for what is no model."""
     from criadero.engine.fit import needs

@@ -138,7 +138,7 @@ def _figures(said: Comparison) -> str:
         ]  # fmt: skip
     cards += [
         (_both("steps", "pasos"), _number(int(last.get("step", 0))),
-         f"{_both('the best was', 'el mejor fue el')} {_number(said.best_step)}" if said.best_step else ""),
+         f"{_both('kept: step', 'se guarda el')} {_number(said.best_step)}" if said.best_step else ""),
         (_both("weights that learned", "pesos que aprendieron"), _number(said.trained),
          f"{_fixed(100 * said.trained / max(1, said.total), 1)} % {_both('of', 'de')} {_number(said.total)}"),
         (_both("time", "tiempo"), _time(float(last.get("seconds", 0.0))), f"{_number(int(last.get('tokens', 0)))} tokens"),
@@ -154,7 +154,12 @@ def _time(seconds: float) -> str:
 
 
 def _curve(said: Comparison) -> str:
-    note = f"<p>{_both(escape(said.rule[0]), escape(said.rule[1]))}</p>"
+    rule = _both(f"The run ends {escape(said.rule[0])}.", f"Acaba {escape(said.rule[1])}.")
+    chosen = _both(
+        "The held-out loss chose the step that is kept, so it is a little better than on questions nobody has seen.",
+        "La pérdida en lo apartado eligió el paso que se guarda: es algo mejor que en preguntas que nadie ha visto.",
+    )
+    note = f"<p>{rule} {chosen if said.best_step else ''}</p>"
     return f"<section><h2>{_both('The loss', 'La pérdida')}</h2><figure>{chart(said)}</figure>{note}</section>\n"
 
 
