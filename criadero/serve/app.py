@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from criadero.errors import UserError
 from criadero.serve import (
+    anthropic,
     embeddings,
     health,
     openai_chat,
@@ -81,6 +82,7 @@ def make_app(settings: Settings, *, store: Store | None = None, pool: Pool | Non
     app.include_router(page_api.router)
     app.include_router(page_answers.router)
     app.include_router(responses.router)
+    app.include_router(anthropic.router)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(UserError, _user_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
