@@ -47,20 +47,20 @@ def public(message: str) -> str:
     return _PATH.sub(lambda found: re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], line)[:1000]
 
 
-def of_user_error(error: UserError, param: str | None = None) -> ApiError:
-    """A `UserError` of the layers below as a 400."""
+def of_user_error(error: UserError, prompt: str = "messages") -> ApiError:
+    """A `UserError` of the layers below as a 400; ``prompt`` is what the endpoint calls its prompt."""
     text = str(error)
     if "the model's context is" in text:
-        return ApiError(400, "context_length_exceeded", text, param or "messages")
+        return ApiError(400, "context_length_exceeded", text, prompt)
     if "there is no adapter" in text:
         return ApiError(404, "model_not_found", text, "model")
     if "do not fit the cache" in text:
         return ApiError(400, "cache_too_small", text, "max_tokens")
     for name in ("json_schema", "regex", "grammar"):
-        if text.startswith(name):
-            return ApiError(400, "invalid_grammar", text, param or name)
+        if text.startswith((f"{name}:", f"{name} ")):
+            return ApiError(400, "invalid_grammar", text, name)
     if text.startswith("chat template"):
         return ApiError(400, "template_refused", text, "messages")
     if "has no chat template" in text:
         return ApiError(400, "no_chat_template", text, "model")
-    return ApiError(400, "invalid_request", text, param)
+    return ApiError(400, "invalid_request", text)

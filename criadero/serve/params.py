@@ -96,8 +96,8 @@ def of_validation(errors: Sequence[ErrorDetails | Any], names: Sequence[str] = (
     if not errors:
         return ApiError(400, "invalid_request", "the body is not what this endpoint takes")
     errors = [one for one in errors if one["type"] == "extra_forbidden"] or errors
-    deepest = max(errors, key=lambda one: len(one["loc"]))  # of a union's members, the one that came furthest
-    first = errors[0] if len(errors[0]["loc"]) == len(deepest["loc"]) else deepest
+    # of a union's members, the one that came furthest: past its type, or deepest
+    first = max(errors, key=lambda one: (one["type"] in _CODES, len(one["loc"])))
     param = path_of(first["loc"])
     code = _CODES.get(first["type"], "invalid_type")
     text = str(first["msg"])

@@ -142,7 +142,9 @@ class Run:
         try:
             await asyncio.to_thread(self._submit)
         except UserError as error:
-            raise of_user_error(error) from None
+            raise of_user_error(
+                error, "input" if self.request.pooling else "prompt" if self.request.continues else "messages"
+            ) from None
 
     def _submit(self) -> None:
         self._id = self.worker.submit(self.request, self._channel)

@@ -22,7 +22,7 @@ OPEN, CLOSE = "<tool_call>", "</tool_call>"
 MOST_CALLS = 8  # in one answer
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"((?:[^"\\]|\\.)*)"\s*,\s*"arguments"\s*:\s*')
-Choice = Literal["none", "auto", "required"]
+NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}  # a function without parameters
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,7 @@ def read_tools(
                 400, "invalid_type", f"{place}.function.description must be a text", f"{place}.function.description"
             )
         check_depth(parameters, limits, f"{place}.function.parameters")
-        functions.append(
-            {"name": name, "description": about or "", "parameters": parameters or {"type": "object", "properties": {}}}
-        )
+        functions.append({"name": name, "description": about or "", "parameters": parameters or NOTHING})
     word = choice or "auto"
     if isinstance(word, Mapping):
         inner = word.get("function")
