@@ -29,6 +29,7 @@ from criadero.serve import (
     pages,
     responses,
     tokenize,
+    traces,
 )
 from criadero.serve.admission import Admission
 from criadero.serve.errors import ApiError, of_user_error
@@ -83,6 +84,7 @@ def make_app(settings: Settings, *, store: Store | None = None, pool: Pool | Non
     app.include_router(page_answers.router)
     app.include_router(responses.router)
     app.include_router(anthropic.router)
+    app.include_router(traces.router)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(UserError, _user_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
