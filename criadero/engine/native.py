@@ -341,14 +341,15 @@ def _held(array: np.ndarray) -> np.ndarray:
 
 def _forget(weight: Weight) -> None:
     """Tell the system that the mapped pages of a tensor are not needed any more, so that they do not count as ours."""
-    for array in (weight.q, weight.scales, weight.mins) if isinstance(weight, QuantTensor) else (weight,):
+    arrays = (weight.q, weight.scales, weight.mins) if isinstance(weight, QuantTensor) else (weight,)
+    for array in (one for one in arrays if one is not None):
         base: Any = array
         whole = array
         while isinstance(base, np.ndarray):
             whole, base = base, base.base
         if isinstance(base, memoryview):
             base = base.obj
-        if isinstance(base, mmap.mmap) and array is not None and hasattr(mmap, "MADV_DONTNEED"):
+        if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
             begin = array.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
             first = begin // mmap.PAGESIZE * mmap.PAGESIZE
             base.madvise(mmap.MADV_DONTNEED, first, begin + array.nbytes - first)
