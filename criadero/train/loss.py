@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from criadero.model import Attend, Llama
+from criadero.train import fast
 from criadero.train.batches import IGNORE, Batch
 
 CHUNK = 2048  # rows of logits alive at once
@@ -66,7 +67,13 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor
 
 
 def next_token_loss(model: Llama, batch: Batch, attend: Attend | None = None) -> tuple[Tensor, int, dict[str, float]]:
-    """The objective of pretraining and of supervised tuning: (loss summed over supervised tokens, their count, metrics)."""
+    """The objective of pretraining and of supervised tuning: (loss summed over supervised tokens, their count, metrics).
+
+    Computed by the compiled kernels where they take the model (`criadero.train.fast`), else, or with ``attend``, by its ``forward``.
+    """
+    if attend is None and fast.obstacle(model) is None:
+        loss, count = fast.loss_sum(model, batch)
+        return loss, count, {}
     hidden = model(batch.ids, positions=batch.positions, attend=attend or attention_for(batch), return_hidden=True)
     count = int((batch.targets != IGNORE).sum())
     return cross_entropy_sum(hidden, model.lm_head.weight, batch.targets), count, {}

@@ -16,6 +16,7 @@ from criadero.card import read_words, write_card
 from criadero.errors import UserError
 from criadero.model import Llama, ModelConfig
 from criadero.tokenizer import Tokenizer, load_tokenizer
+from criadero.train import fast
 from criadero.train.batches import IGNORE, Batch, TokenBatches, TokenFile, held_out_batches
 from criadero.train.checkpoint import resumed_dtype
 from criadero.train.hardware import available_memory_bytes, choose_dtype, keep_memory, peak_memory_bytes
@@ -135,7 +136,8 @@ def pretrain(recipe: PretrainRecipe, out: Path, *, overwrite: bool = False, resu
             f"run: {steps} steps of {per_step:,} tokens, {steps * per_step / stable.tokens_per_epoch:.2f} passes over the mix"
         )
         memory = estimate_bytes(config, rows * recipe.context, dtype)
-        say(f"computing in {why}; {torch.get_num_threads()} threads; about {memory / 2**30:.1f} GiB of memory")
+        say(f"computing in {why}, with {fast.describe(model)}")
+        say(f"{torch.get_num_threads()} threads; about {memory / 2**30:.1f} GiB of memory")
         check_memory(memory)
         optimizer = Optimizer(model.named_parameters(), method=recipe.optimizer, weight_decay=recipe.weight_decay)
         plan = Plan(

@@ -27,6 +27,7 @@ NB_MODULE(_native, m) {
     });
     bind_linear(m);
     bind_probes(m);
+    bind_train(m);
 #if CRIADERO_MODEL
     bind_model(m);
 #endif

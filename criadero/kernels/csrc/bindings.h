@@ -13,6 +13,7 @@ struct PyLinear {
 
 void bind_linear(nanobind::module_& m);
 void bind_probes(nanobind::module_& m);
+void bind_train(nanobind::module_& m);
 #if CRIADERO_MODEL
 void bind_model(nanobind::module_& m);  // bindings_model.cpp
 #endif

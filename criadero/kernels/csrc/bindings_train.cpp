@@ -1,0 +1,244 @@
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "bindings.h"
+#include "train.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace criadero {
+
+namespace {
+
+using Rows = nb::ndarray<nb::device::cpu>;  // a matrix whose columns lie side by side
+using Floats1 = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Floats2 = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Longs1 = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+void refuse(bool wrong, const std::string& what) {
+    if (wrong) throw std::invalid_argument(what);
+}
+
+// What a matrix is: checked once, then used
+struct Matrix {
+    uint8_t* data;
+    size_t rows, columns, stride;  // stride in elements
+    Element type;
+    size_t bytes() const { return stride * (type == Element::bf16 ? 2 : 4); }
+    uint8_t* row(size_t i) const { return data + i * bytes(); }
+};
+
+Matrix matrix(const Rows& a, const char* name) {
+    const bool narrow = a.dtype().code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat) && a.dtype().bits == 16;
+    const bool wide = a.dtype().code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float) && a.dtype().bits == 32;
+    refuse(a.ndim() != 2 || !(narrow || wide), std::string(name) + ": a float32 or bfloat16 matrix is needed");
+    refuse(a.shape(0) > 1 && a.stride(0) < static_cast<int64_t>(a.shape(1)), std::string(name) + ": rows must not overlap");
+    refuse(a.shape(1) > 1 && a.stride(1) != 1, std::string(name) + ": the columns must lie side by side");
+    refuse(a.shape(0) >= size_t{1} << 30 || a.shape(1) >= size_t{1} << 30, std::string(name) + " is too large");
+    const size_t stride = a.shape(0) > 1 ? static_cast<size_t>(a.stride(0)) : a.shape(1);
+    return {static_cast<uint8_t*>(a.data()), a.shape(0), a.shape(1), stride, narrow ? Element::bf16 : Element::f32};
+}
+
+Matrix like(const Rows& a, const char* name, const Matrix& other, size_t columns) {
+    const Matrix m = matrix(a, name);
+    refuse(m.rows != other.rows || m.columns != columns || m.type != other.type,
+           std::string(name) + ": [" + std::to_string(other.rows) + ", " + std::to_string(columns) + "] of the same type is needed");
+    return m;
+}
+Matrix like(const Rows& a, const char* name, const Matrix& other) { return like(a, name, other, other.columns); }
+
+void norm(const Rows& x_, const Floats1& weight, double eps, const Rows& y_, const Floats1& r, int threads) {
+    const Matrix x = matrix(x_, "x"), y = like(y_, "y", x);
+    refuse(weight.shape(0) != x.columns || r.shape(0) != x.rows, "weight: [D], and r: [T], are needed");
+    const float* w = weight.data();
+    float* factors = r.data();
+    const auto fn = train_kernels(x.type).norm;
+    nb::gil_scoped_release release;
+    shared_pool(threads).run([&](Worker& me) {
+        const int n = static_cast<int>(x.rows);
+        for (int i = me.first(n); i < me.last(n); ++i) {
+            const auto at = static_cast<size_t>(i);
+            factors[at] = fn(x.row(at), w, static_cast<float>(eps), static_cast<int>(x.columns), y.row(at));
+        }
+    });
+}
+
+// The gradient of the weight is summed in so many parts, whatever the number of threads, so that it does not depend on it
+constexpr int PARTS = 16;
+
+void norm_backward(const Rows& dy_, const Rows& x_, const Floats1& weight, const Floats1& r, const std::optional<Rows>& dres_, const Rows& dx_,
+                   const Floats1& dweight, int threads) {
+    const Matrix x = matrix(x_, "x"), dy = like(dy_, "dy", x), dx = like(dx_, "dx", x);
+    const std::optional<Matrix> dres = dres_ ? std::optional<Matrix>(like(*dres_, "dres", x)) : std::nullopt;
+    refuse(weight.shape(0) != x.columns || r.shape(0) != x.rows || dweight.shape(0) != x.columns, "weight, dweight: [D], and r: [T], are needed");
+    const float *w = weight.data(), *factors = r.data();
+    float* dw = dweight.data();
+    const auto fn = train_kernels(x.type).norm_backward;
+    nb::gil_scoped_release release;
+    std::vector<float> parts(PARTS * x.columns, 0.0f);
+    shared_pool(threads).run([&](Worker& me) {
+        for (int part = me.first(PARTS); part < me.last(PARTS); ++part) {
+            const size_t first = x.rows * static_cast<size_t>(part) / PARTS, last = x.rows * static_cast<size_t>(part + 1) / PARTS;
+            for (size_t i = first; i < last; ++i) {
+                fn(dy.row(i), x.row(i), w, factors[i], dres ? dres->row(i) : nullptr, static_cast<int>(x.columns), dx.row(i),
+                   parts.data() + static_cast<size_t>(part) * x.columns);
+            }
+        }
+    });
+    for (size_t d = 0; d < x.columns; ++d) {
+        float total = 0;
+        for (size_t part = 0; part < PARTS; ++part) total += parts[part * x.columns + d];
+        dw[d] = total;
+    }
+}
+
+void swiglu(const Rows& gate_up_, const Rows& y_, int threads) {
+    const Matrix both = matrix(gate_up_, "gate_up"), y = like(y_, "y", both, both.columns / 2);
+    refuse(both.columns % 2 != 0, "gate_up: [T, 2 F] is needed");
+    const size_t up = y.columns * (y.type == Element::bf16 ? 2 : 4);
+    const auto fn = train_kernels(y.type).swiglu;
+    nb::gil_scoped_release release;
+    shared_pool(threads).run([&](Worker& me) {
+        const int n = static_cast<int>(y.rows);
+        for (int i = me.first(n); i < me.last(n); ++i) {
+            const auto at = static_cast<size_t>(i);
+            fn(both.row(at), both.row(at) + up, static_cast<int>(y.columns), y.row(at));
+        }
+    });
+}
+
+void swiglu_backward(const Rows& dy_, const Rows& gate_up_, const Rows& dgate_up_, const Rows& y_, int threads) {
+    const Matrix both = matrix(gate_up_, "gate_up"), y = like(y_, "y", both, both.columns / 2), dy = like(dy_, "dy", y);
+    const Matrix dboth = like(dgate_up_, "dgate_up", both);
+    refuse(both.columns % 2 != 0, "gate_up: [T, 2 F] is needed");
+    const size_t up = y.columns * (y.type == Element::bf16 ? 2 : 4);
+    const auto fn = train_kernels(y.type).swiglu_backward;
+    nb::gil_scoped_release release;
+    shared_pool(threads).run([&](Worker& me) {
+        const int n = static_cast<int>(y.rows);
+        for (int i = me.first(n); i < me.last(n); ++i) {
+            const auto at = static_cast<size_t>(i);
+            fn(dy.row(at), both.row(at), both.row(at) + up, static_cast<int>(y.columns), dboth.row(at), dboth.row(at) + up, y.row(at));
+        }
+    });
+}
+
+void cross_entropy(const Rows& logits_, const Longs1& targets, const Floats1& losses, bool backward, int threads) {
+    const Matrix logits = matrix(logits_, "logits");
+    refuse(targets.shape(0) != logits.rows || losses.shape(0) != logits.rows, "targets, losses: [T] are needed");
+    const int64_t* aims = targets.data();
+    float* to = losses.data();
+    for (size_t i = 0; i < logits.rows; ++i) {
+        refuse(aims[i] < 0 || aims[i] >= static_cast<int64_t>(logits.columns),
+               "target " + std::to_string(aims[i]) + " is none of " + std::to_string(logits.columns) + " tokens");
+    }
+    const auto fn = train_kernels(logits.type).cross_entropy;
+    nb::gil_scoped_release release;
+    shared_pool(threads).run([&](Worker& me) {
+        const int n = static_cast<int>(logits.rows);
+        for (int i = me.first(n); i < me.last(n); ++i) {
+            const auto at = static_cast<size_t>(i);
+            to[at] = fn(logits.row(at), static_cast<int>(logits.columns), static_cast<int>(aims[at]), backward);
+        }
+    });
+}
+
+void attend(const Rows& qkv_, const Longs1& starts, int heads, int kv_heads, const Floats2& cosine, const Floats2& sine, const Rows& out_,
+            const Floats2& lse, const std::optional<Rows>& d_out_, const std::optional<Rows>& d_qkv_, int threads) {
+    const Matrix qkv = matrix(qkv_, "qkv");
+    refuse(heads < 1 || kv_heads < 1 || heads % kv_heads != 0, "the key-value heads must divide the heads");
+    const size_t all = static_cast<size_t>(heads) + 2 * static_cast<size_t>(kv_heads);
+    refuse(qkv.columns % (2 * all) != 0 || qkv.stride != qkv.columns, "qkv: [T, (H + 2 K) Dh] is needed, whole, with an even Dh");
+    const size_t dim = qkv.columns / all;
+    const Matrix out = like(out_, "out", qkv, static_cast<size_t>(heads) * dim);
+    refuse(out.stride != out.columns, "out must be whole");
+    for (const Floats2* one : {&cosine, &sine}) refuse(one->shape(0) != qkv.rows || one->shape(1) != dim / 2, "cosine, sine: [T, Dh / 2] are needed");
+    refuse(lse.shape(0) != static_cast<size_t>(heads) || lse.shape(1) != qkv.rows, "lse: [H, T] is needed");
+    refuse(starts.shape(0) < 1 || starts.shape(0) > size_t{1} << 30 || starts.data()[0] != 0, "starts must begin with 0");
+    for (size_t d = 1; d < starts.shape(0); ++d) refuse(starts.data()[d] < starts.data()[d - 1], "starts must not fall");
+    refuse(starts.data()[starts.shape(0) - 1] != static_cast<int64_t>(qkv.rows), "starts must end with the number of tokens");
+    AttendBatch b;
+    b.qkv = qkv.data;
+    b.out = out.data;
+    if (d_out_) {
+        const Matrix d_out = like(*d_out_, "d_out", out);
+        refuse(!d_qkv_, "d_qkv is needed too");
+        const Matrix d_qkv = like(*d_qkv_, "d_qkv", qkv);
+        refuse(d_out.stride != d_out.columns || d_qkv.stride != d_qkv.columns, "d_out and d_qkv must be whole");
+        b.d_out = d_out.data;
+        b.d_qkv = d_qkv.data;
+    }
+    b.cosine = cosine.data();
+    b.sine = sine.data();
+    b.lse = lse.data();
+    b.starts = starts.data();
+    b.documents = static_cast<int>(starts.shape(0)) - 1;
+    b.tokens = static_cast<int>(qkv.rows);
+    b.heads = heads;
+    b.kv_heads = kv_heads;
+    b.head_dim = static_cast<int>(dim);
+    b.type = qkv.type;
+    const bool backward = d_out_.has_value();
+    nb::gil_scoped_release release;
+    attend_documents(shared_pool(threads), b, backward);
+}
+
+void product(const Rows& a_, const Rows& b_, const Rows& out_, const std::optional<Rows>& residual_, bool a_across, bool b_across, bool add,
+             int threads) {
+    const Matrix a = matrix(a_, "a"), b = matrix(b_, "b"), out = matrix(out_, "out");
+    refuse(!has_product_bf16(), "this processor (or level) multiplies no bf16");
+    refuse(a.type != Element::bf16 || b.type != Element::bf16, "a and b must be bfloat16");
+    const size_t m = a_across ? a.columns : a.rows, k = a_across ? a.rows : a.columns;
+    const size_t n = b_across ? b.rows : b.columns, k2 = b_across ? b.columns : b.rows;
+    refuse(k != k2, "a and b do not fit: " + std::to_string(k) + " and " + std::to_string(k2));
+    refuse(out.rows != m || out.columns != n, "out: [" + std::to_string(m) + ", " + std::to_string(n) + "] is needed");
+    refuse(!a_across && k % 2 != 0, "an odd number of columns");
+    refuse(add && out.type != Element::f32, "only a float32 out can be added to");
+    Product p;
+    if (residual_) {
+        const Matrix residual = like(*residual_, "residual", out);
+        refuse(residual.type != Element::bf16, "residual must be bfloat16");
+        p.residual = reinterpret_cast<const uint16_t*>(residual.data);
+        p.residual_stride = residual.stride;
+    }
+    p.a = reinterpret_cast<const uint16_t*>(a.data);
+    p.b = reinterpret_cast<const uint16_t*>(b.data);
+    p.a_stride = a.stride;
+    p.b_stride = b.stride;
+    p.a_across = a_across;
+    p.b_across = b_across;
+    p.m = static_cast<int>(m);
+    p.n = static_cast<int>(n);
+    p.k = static_cast<int>(k);
+    p.out = out.data;
+    p.out_stride = out.stride;
+    p.out_f32 = out.type == Element::f32;
+    p.add = add;
+    if (m == 0 || n == 0) return;
+    nb::gil_scoped_release release;
+    product_bf16(shared_pool(threads), p);
+}
+
+}  // namespace
+
+void bind_train(nb::module_& m) {
+    nb::module_ t = m.def_submodule("train", "What training computes; criadero/kernels/reference.py says what each function does.");
+    t.def("norm", &norm, "x"_a, "weight"_a, "eps"_a, "y"_a, "r"_a, "threads"_a);
+    t.def("norm_backward", &norm_backward, "dy"_a, "x"_a, "weight"_a, "r"_a, "dres"_a.none(), "dx"_a, "dweight"_a, "threads"_a);
+    t.def("swiglu", &swiglu, "gate_up"_a, "y"_a, "threads"_a);
+    t.def("swiglu_backward", &swiglu_backward, "dy"_a, "gate_up"_a, "dgate_up"_a, "y"_a, "threads"_a);
+    t.def("cross_entropy", &cross_entropy, "logits"_a, "targets"_a, "losses"_a, "backward"_a, "threads"_a);
+    t.def("attend", &attend, "qkv"_a, "starts"_a, "heads"_a, "kv_heads"_a, "cosine"_a, "sine"_a, "out"_a, "lse"_a, "d_out"_a.none(),
+          "d_qkv"_a.none(), "threads"_a);
+    t.def("product", &product, "a"_a, "b"_a, "out"_a, "residual"_a.none(), "a_across"_a, "b_across"_a, "add"_a, "threads"_a);
+    t.def("has_product", &has_product_bf16);
+}
+
+}  // namespace criadero

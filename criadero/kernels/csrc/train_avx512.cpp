@@ -1,0 +1,8 @@
+// Compiled with the flags of this instruction set.
+#include "train_impl.h"
+
+namespace criadero {
+
+const TrainKernels& train_avx512(Element type) { return tables[(int)type]; }
+
+}  // namespace criadero

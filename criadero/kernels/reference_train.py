@@ -1,0 +1,124 @@
+"""The slow twins of the compiled training kernels, in plain PyTorch, with the same signatures: what they compute, to be read and tested
+against. They work in the dtype of what they are given, float64 too. Results are written into the arguments named for them.
+
+Shape legend: T tokens, D hidden size, F feed-forward size, H query heads, K key-value heads, Dh head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def norm(x: Tensor, weight: Tensor, eps: float, y: Tensor, r: Tensor, threads: int) -> None:
+    """RMSNorm (arXiv 1910.07467): y ``[T, D]`` = x * r * weight, r ``[T]`` = 1 / sqrt(mean(x^2) + eps)."""
+    wide = _wide(x)
+    r.copy_(torch.rsqrt(wide.square().mean(-1) + eps))
+    y.copy_(wide * r[:, None] * weight)
+
+
+def norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, dres: Tensor | None, dx: Tensor, dweight: Tensor, threads: int
+) -> None:
+    """dx ``[T, D]`` = dres + the gradient through `norm`; dweight ``[D]``."""
+    hat = _wide(x) * r[:, None]
+    part = _wide(dy) * hat
+    dweight.copy_(part.sum(0))
+    grad = (_wide(dy) * weight - hat * (part * weight).mean(-1, keepdim=True)) * r[:, None]
+    dx.copy_(grad if dres is None else grad + _wide(dres))
+
+
+def swiglu(gate_up: Tensor, y: Tensor, threads: int) -> None:
+    """SwiGLU (arXiv 2002.05202): gate_up ``[T, 2 F]`` -> y ``[T, F]`` = silu(gate) * up."""
+    gate, up = _wide(gate_up).chunk(2, dim=-1)
+    y.copy_(gate * torch.sigmoid(gate) * up)
+
+
+def swiglu_backward(dy: Tensor, gate_up: Tensor, dgate_up: Tensor, y: Tensor, threads: int) -> None:
+    """dgate_up ``[T, 2 F]`` from dy ``[T, F]``, and y once more, so that it need not be kept."""
+    gate, up = _wide(gate_up).chunk(2, dim=-1)
+    s = torch.sigmoid(gate)
+    y.copy_(gate * s * up)
+    dgate_up.copy_(torch.cat((_wide(dy) * up * s * (1 + gate * (1 - s)), _wide(dy) * gate * s), dim=-1))
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, losses: Tensor, backward: bool, threads: int) -> None:
+    """losses ``[T]`` in nats of logits ``[T, V]``; with ``backward`` softmax - onehot takes the logits' place."""
+    wide = _wide(logits)
+    log_z = torch.logsumexp(wide, dim=-1)
+    losses.copy_(log_z - wide.gather(1, targets[:, None])[:, 0])
+    if backward:
+        grad = torch.exp(wide - log_z[:, None])
+        grad[torch.arange(len(targets)), targets] -= 1
+        logits.copy_(grad)
+
+
+def _rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotate-half: x ``[T, heads, Dh]``, cosine and sine ``[T, Dh / 2]``. With -sine it is the inverse."""
+    a, b = x.chunk(2, dim=-1)
+    c, s = cosine[:, None], sine[:, None]
+    return torch.cat((a * c - b * s, b * c + a * s), dim=-1)
+
+
+def attend(
+    qkv: Tensor, starts: Tensor, heads: int, kv_heads: int, cosine: Tensor, sine: Tensor, out: Tensor, lse: Tensor,
+    d_out: Tensor | None, d_qkv: Tensor | None, threads: int,
+) -> None:  # fmt: skip
+    """Causal attention within each document, RoPE included. qkv ``[T, (H + 2 K) Dh]``; document d is tokens ``starts[d]`` to
+    ``starts[d + 1]``. Without ``d_out``: writes out ``[T, H Dh]`` and lse ``[H, T]``, log2 of the softmax's sums. With it: reads them, and
+    writes d_qkv from d_out (FlashAttention, arXiv 2205.14135, appendix B)."""
+    tokens, group = len(qkv), heads // kv_heads
+    x = _wide(qkv).view(tokens, heads + 2 * kv_heads, -1)
+    scale = x.shape[-1] ** -0.5
+    q, k = _rotated(x[:, :heads], cosine, sine), _rotated(x[:, heads:-kv_heads], cosine, sine)
+    k, v = (t.repeat_interleave(group, dim=1) for t in (k, x[:, -kv_heads:]))  # [T, H, Dh]
+    gradient = torch.zeros_like(x)
+    for start, end in zip(starts.tolist(), starts.tolist()[1:], strict=False):
+        here, n = slice(start, end), end - start
+        if n == 0:
+            continue
+        scores = torch.einsum("ihd,jhd->hij", q[here], k[here]) * scale
+        scores = scores.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), -torch.inf)
+        if d_out is None or d_qkv is None:
+            sums = torch.logsumexp(scores, dim=-1)  # [H, n]
+            lse[:, here] = sums / math.log(2)
+            out[here] = (
+                torch.einsum("hij,jhd->ihd", torch.exp(scores - sums[..., None]), v[here]).flatten(1).to(out.dtype)
+            )
+            continue
+        p = torch.exp(scores - lse[:, here, None] * math.log(2))
+        g = _wide(d_out[here]).view(n, heads, -1)
+        delta = (g * _wide(out[here]).view(n, heads, -1)).sum(-1).t()  # [H, n]
+        ds = p * (torch.einsum("ihd,jhd->hij", g, v[here]) - delta[..., None]) * scale
+        dq = _rotated(torch.einsum("hij,jhd->ihd", ds, k[here]), cosine[here], -sine[here])
+        dk = torch.einsum("hij,ihd->jhd", ds, q[here]).view(n, kv_heads, group, -1).sum(2)
+        dv = torch.einsum("hij,ihd->jhd", p, g).view(n, kv_heads, group, -1).sum(2)
+        gradient[here] = torch.cat((dq, _rotated(dk, cosine[here], -sine[here]), dv), dim=1)
+    if d_qkv is not None:
+        d_qkv.copy_(gradient.flatten(1))
+
+
+def product(
+    a: Tensor, b: Tensor, out: Tensor, residual: Tensor | None, a_across: bool, b_across: bool, add: bool, threads: int
+) -> None:
+    """out ``[M, N]`` = a @ b, plus the residual or what out held; an operand that lies across is given transposed."""
+    a, b = a.t() if a_across else a, b.t() if b_across else b
+    if add:
+        out += torch.mm(a, b)
+    elif residual is not None:
+        torch.addmm(residual, a, b, out=out)
+    elif out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(torch.mm(a, b))
+
+
+def has_product() -> bool:
+    """Whether `product` should be called for bf16; it is only here to be replaced."""
+    return False

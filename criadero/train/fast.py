@@ -1,0 +1,266 @@
+"""Training on a CPU with the compiled kernels: the network of `criadero.model`, forward and backward by hand, block by block.
+
+It reads the same parameters, gives them the same gradients up to rounding, and leaves the model's own ``forward`` as the slow twin
+(tests/test_train_fast.py). What it gains: padding is not computed; attention stays within each document instead of masking the rest of
+the row; rotary embedding, norms, SwiGLU and cross-entropy are one pass each; a block keeps no more than its backward pass needs.
+
+Shape legend: T real tokens of all rows, D hidden size, H query heads, K key-value heads, Dh head size, F feed-forward size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from criadero.kernels import level, native, reference_train
+from criadero.model import Block, Llama, RMSNorm
+from criadero.train.batches import IGNORE, Batch
+
+CHUNK = 2048  # rows of logits alive at once
+
+
+def obstacle(model: Llama) -> str | None:
+    """Why this model is trained through its own ``forward``, or None when the compiled kernels take it."""
+    weight = model.model.embed_tokens.weight
+    if weight.device.type != "cpu":
+        return f"on {weight.device.type}"
+    if not hasattr(native(), "train"):  # missing, turned off, or built before there were any for training
+        return "without compiled kernels"
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"in {str(weight.dtype).removeprefix('torch.')}"
+    if any(p.dtype != weight.dtype for p in model.parameters()):
+        return "with mixed dtypes"
+    if model.config.head_dim % 2:
+        return "with heads of odd size"
+    for module in model.modules():
+        if not list(module.parameters(recurse=False)):
+            continue
+        if type(module) not in (nn.Linear, nn.Embedding, RMSNorm):
+            return f"with {type(module).__name__}"
+        if getattr(module, "bias", None) is not None:
+            return "with biases"
+    return None
+
+
+def describe(model: Llama) -> str:
+    """Which code computes a step, in a few words for the run's first lines."""
+    reason = obstacle(model)
+    return f"compiled training kernels ({level()})" if reason is None else f"PyTorch's own kernels ({reason})"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch without its padding: ids and targets ``[T]``, documents as ``starts`` ``[documents + 1]``, cosine and sine
+    ``[T, Dh / 2]`` of the positions."""
+
+    ids: Tensor
+    targets: Tensor
+    starts: Tensor
+    cosine: Tensor
+    sine: Tensor
+
+
+def rows_of(model: Llama, batch: Batch) -> Rows:
+    """Lay the real tokens of all rows one after another; a document begins where the row or the segment changes."""
+    real = batch.segments.flatten() >= 0
+    length = batch.ids.shape[1]
+    border = torch.ones_like(batch.segments, dtype=torch.bool)
+    border[:, 1:] = batch.segments[:, 1:] != batch.segments[:, :-1]
+    first = border.flatten()[real].nonzero()[:, 0]
+    starts = torch.cat((first, torch.tensor([int(real.sum())])))
+    cosine, sine = model.rotary(torch.arange(length), torch.float32)  # [1, 1, length, Dh]
+    half = cosine.shape[-1] // 2
+    at = batch.positions.flatten()[real]
+    if len(at) and int(at.max()) >= length:
+        cosine, sine = model.rotary(torch.arange(int(at.max()) + 1), torch.float32)
+    c, s = (t[0, 0, :, :half][at].contiguous() for t in (cosine, sine))  # [T, Dh / 2]
+    return Rows(batch.ids.flatten()[real], batch.targets.flatten()[real], starts, c, s)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a block needs besides tensors with gradients. ``kernels`` is the compiled module or its twin."""
+
+    kernels: Any
+    rows: Rows
+    heads: int
+    kv_heads: int
+    eps: float
+    threads: int
+
+    def product(
+        self, a: Tensor, b: Tensor, out: Tensor | None = None, *, residual: Tensor | None = None, a_across: bool = False,
+        b_across: bool = False, add: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """``a @ b``, of operands as they lie (``a_across``: a is given transposed), plus ``residual``; f32 sums of bf16."""
+        if out is None:
+            out = a.new_empty(a.shape[1] if a_across else a.shape[0], b.shape[0] if b_across else b.shape[1])
+        ours = a.dtype == torch.bfloat16 and self.kernels.has_product() and (a_across or a.shape[1] % 2 == 0)
+        which = self.kernels if ours else reference_train
+        which.product(a, b, out, residual, a_across, b_across, add, self.threads)
+        return out
+
+    def norm(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        y, r = torch.empty_like(x), x.new_empty(len(x), dtype=_wide(x.dtype))
+        self.kernels.norm(x, weight, self.eps, y, r, self.threads)
+        return y, r
+
+    def norm_backward(
+        self, dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, dres: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        dx, dweight = torch.empty_like(x), torch.empty_like(weight)
+        self.kernels.norm_backward(dy, x, weight, r, dres, dx, dweight, self.threads)
+        return dx, dweight
+
+    def attend(self, qkv: Tensor, out: Tensor, lse: Tensor, d_out: Tensor | None, d_qkv: Tensor | None) -> None:
+        rows = self.rows
+        self.kernels.attend(
+            qkv, rows.starts, self.heads, self.kv_heads, rows.cosine, rows.sine, out, lse, d_out, d_qkv, self.threads
+        )
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _Block(torch.autograd.Function):
+    """One block: ``[T, D]`` -> ``[T, D]``. The attention half, then the feed-forward half, each with its residual."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, at: Setting, norm1: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, norm2: Tensor, gate: Tensor,
+        up: Tensor, down: Tensor,
+    ) -> Tensor:  # fmt: skip
+        wide = _wide(x.dtype)
+        norm1, norm2 = norm1.to(wide), norm2.to(wide)
+        into, wider = torch.cat((q, k, v)), torch.cat((gate, up))  # [(H + 2 K) Dh, D], [2 F, D]
+        normed1, r1 = at.norm(x, norm1)
+        qkv = at.product(normed1, into, b_across=True)
+        attended, lse = x.new_empty(len(x), q.shape[0]), x.new_empty(at.heads, len(x), dtype=wide)
+        at.attend(qkv, attended, lse, None, None)
+        middle = at.product(attended, o, b_across=True, residual=x)
+        normed2, r2 = at.norm(middle, norm2)
+        gate_up = at.product(normed2, wider, b_across=True)
+        act = x.new_empty(len(x), gate.shape[0])
+        at.kernels.swiglu(gate_up, act, at.threads)
+        ctx.at, ctx.widths = at, (q.shape[0], k.shape[0], v.shape[0])
+        ctx.save_for_backward(
+            x, norm1, normed1, r1, qkv, attended, lse, middle, norm2, normed2, r2, gate_up, into, o, wider, down
+        )
+        return at.product(act, down, b_across=True, residual=middle)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x, norm1, normed1, r1, qkv, attended, lse, middle, norm2, normed2, r2, gate_up, into, o, wider, down) = (
+            ctx.saved_tensors
+        )
+        at: Setting = ctx.at
+        grad = grads[0].contiguous()
+
+        def weight_grad(dy: Tensor, of: Tensor, *inputs: int) -> Tensor | None:
+            return at.product(dy, of, a_across=True) if any(ctx.needs_input_grad[i] for i in inputs) else None
+
+        d_act = at.product(grad, down)
+        d_gate_up, act = torch.empty_like(gate_up), torch.empty_like(d_act)
+        at.kernels.swiglu_backward(d_act, gate_up, d_gate_up, act, at.threads)
+        d_down = weight_grad(grad, act, 10)
+        d_wider = weight_grad(d_gate_up, normed2, 8, 9)
+        d_middle, d_norm2 = at.norm_backward(at.product(d_gate_up, wider), middle, norm2, r2, grad)
+        d_o = weight_grad(d_middle, attended, 6)
+        d_qkv = torch.empty_like(qkv)
+        at.attend(qkv, attended, lse, at.product(d_middle, o), d_qkv)
+        d_into = weight_grad(d_qkv, normed1, 3, 4, 5)
+        dx, d_norm1 = at.norm_backward(at.product(d_qkv, into), x, norm1, r1, d_middle)
+        d_q, d_k, d_v = (None,) * 3 if d_into is None else d_into.split(ctx.widths)
+        d_gate, d_up = (None, None) if d_wider is None else d_wider.chunk(2)
+        return dx, None, d_norm1.to(x.dtype), d_q, d_k, d_v, d_o, d_norm2.to(x.dtype), d_gate, d_up, d_down
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, at: Setting, weight: Tensor) -> Tensor:
+        weight = weight.to(_wide(x.dtype))
+        y, r = at.norm(x, weight)
+        ctx.at = at
+        ctx.save_for_backward(x, weight, r)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, r = ctx.saved_tensors
+        dx, d_weight = ctx.at.norm_backward(grads[0].contiguous(), x, weight, r, None)
+        return dx, None, d_weight.to(x.dtype)
+
+
+class _Loss(torch.autograd.Function):
+    """hidden ``[N, D]``, weight ``[V, D]``, targets ``[N]`` -> the sum of the losses. Both gradients are formed at once, chunk by chunk,
+    so that a whole ``[N, V]`` never exists (as in `criadero.train.loss`)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, at: Setting, weight: Tensor, targets: Tensor, backward: bool) -> Tensor:
+        wide = _wide(hidden.dtype)
+        losses = hidden.new_empty(len(hidden), dtype=wide)
+        d_hidden = torch.empty_like(hidden) if backward else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if backward and ctx.needs_input_grad[2] else None
+        buffer = hidden.new_empty(min(CHUNK, len(hidden)), weight.shape[0])
+        for start in range(0, len(hidden), CHUNK):
+            here = slice(start, min(start + CHUNK, len(hidden)))
+            logits = at.product(hidden[here], weight, buffer[: here.stop - start], b_across=True)
+            at.kernels.cross_entropy(logits, targets[here], losses[here], backward, at.threads)
+            if d_hidden is not None:
+                at.product(logits, weight, d_hidden[here])
+            if d_weight is not None:
+                at.product(logits, hidden[here], d_weight, a_across=True, add=True)
+        ctx.save_for_backward(*(t for t in (d_hidden, d_weight) if t is not None))
+        ctx.dtype = weight.dtype
+        return losses.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, *rest = ctx.saved_tensors
+        factor = float(grads[0])
+        if factor != 1.0:
+            d_hidden = d_hidden * factor
+        d_weight = (rest[0] * factor).to(ctx.dtype) if rest else None
+        return d_hidden, None, d_weight, None, None
+
+
+def loss_sum(model: Llama, batch: Batch, kernels: Any | None = None) -> tuple[Tensor, int]:
+    """The next-token losses of a batch, summed over supervised tokens (nats), and their count. ``kernels`` defaults to the compiled
+    ones; `criadero.kernels.reference_train` are their twins. Call it where `obstacle` finds none."""
+    rows, config = rows_of(model, batch), model.config
+    if kernels is None:
+        module = native()
+        assert module is not None
+        kernels = module.train
+    at = Setting(
+        kernels,
+        rows,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.rms_norm_eps,
+        torch.get_num_threads(),
+    )
+    x = F.embedding(rows.ids, model.model.embed_tokens.weight)  # [T, D]
+    for block in model.model.layers:
+        assert isinstance(block, Block)
+        attention, mlp = block.self_attn, block.mlp
+        x = _Block.apply(
+            x, at, block.input_layernorm.weight, attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight,
+            attention.o_proj.weight, block.post_attention_layernorm.weight, mlp.gate_proj.weight, mlp.up_proj.weight,
+            mlp.down_proj.weight,
+        )  # fmt: skip
+    learned = (rows.targets != IGNORE).nonzero()[:, 0]
+    targets = rows.targets
+    if len(learned) < len(targets):
+        x, targets = x[learned], targets[learned]
+    normed = _Norm.apply(x, at, model.model.norm.weight)
+    return _Loss.apply(normed, at, model.lm_head.weight, targets, torch.is_grad_enabled()), len(targets)
