@@ -84,7 +84,9 @@ def demo() -> None:
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="a bundled model, a folder, or a .gguf file")],
+    model: Annotated[
+        str, typer.Argument(metavar="[MODEL]", help="a bundled model, a folder, or a .gguf file")
+    ] = "cria-chat",
     system: Annotated[str | None, typer.Option(help="the system message")] = None,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token")] = 0.3,
     max_tokens: Annotated[int, typer.Option(help="the longest answer, in tokens")] = 200,
@@ -96,14 +98,17 @@ def chat(
         Path | None, typer.Option("--pubkey", help="and when it is signed with this key (implies --require-passport)")
     ] = None,
 ) -> None:
-    """Talk to a model in the terminal."""
-    if require_passport or pubkey:
-        from criadero.trust.verify import require
+    """Talk to a model in the terminal; /help there lists its commands. Piped, each line is a question: echo hi | criadero chat
 
-        require(model, pubkey=pubkey)
+    The last answer is kept for this user alone, in criadero/last-answer.json under $XDG_STATE_HOME (~/.local/state), and what was
+    typed in chat-history beside it: criadero trace --last says where the answer came from.
+    """
     from criadero.terminal import chat as talk
 
-    talk(model, system=system, temperature=temperature, max_tokens=max_tokens, seed=seed)
+    talk(
+        model, system=system, temperature=temperature, max_tokens=max_tokens, seed=seed, require_passport=require_passport,
+        pubkey=pubkey,
+    )  # fmt: skip
 
 
 def _recipe_command(stage: str, words: str = "") -> type[TyperCommand]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -134,31 +135,95 @@ def test_the_system_message_is_seen(folder: Path, monkeypatch: pytest.MonkeyPatc
 # --- commands ---
 
 
-def test_commands() -> None:
+@pytest.fixture
+def talking(llm: LLM) -> terminal.Talk:
+    """A chat of two turns, begun with a system message."""
     system: Message = {"role": "system", "content": "s"}
-    messages = [system, user("a"), assistant("b"), user("c"), assistant("d")]
-    run = terminal.command
-    assert run("/reset", messages, [system], 0.3)[:3] == ([system], [system], 0.3)
-    assert run("/undo", messages, [system], 0.3)[0] == messages[:3]
-    assert run("/undo", [system], [system], 0.3)[0] == [system]
-    assert run("/undo", [], [], 0.3)[0] == []
-    assert run("/system", messages, [system], 0.3)[:2] == ([], [])
-    assert run("/system  x y ", messages, [system], 0.3)[1] == [{"role": "system", "content": "x y"}]
-    assert run("/temperature 0.8", messages, [system], 0.3)[2] == 0.8
+    return terminal.Talk(
+        llm, "base", opening=[system], messages=[system, user("a"), assistant("b"), user("c"), assistant("d")]
+    )
+
+
+def test_commands(talking: terminal.Talk) -> None:
+    system, before = talking.opening[0], list(talking.messages)
+    terminal.command(talking, "/undo")
+    assert talking.messages == before[:3]
+    terminal.command(talking, "/undo")
+    terminal.command(talking, "/undo")
+    assert talking.messages == [system]
+    talking.messages = list(before)
+    terminal.command(talking, "/reset")
+    talking.messages.append(user("a"))
+    assert talking.opening == [system]  # what follows does not change it
+    terminal.command(talking, "/system  x y ")
+    assert talking.messages == talking.opening == [{"role": "system", "content": "x y"}]
+    terminal.command(talking, "/system")
+    assert talking.messages == talking.opening == []
+    assert all(name.split()[0] in terminal.command(talking, "/help") for name in terminal.COMMANDS)
+    assert terminal.command(talking, "/hlep") == "no command /hlep; /help lists them"
+
+
+def test_settings(talking: terminal.Talk) -> None:
+    assert terminal.command(talking, "/temperature 0.8") == "temperature is 0.8"
     for bad in ("", "warm", "-1", "2.5", "nan", "inf"):
-        value, said = run(f"/temperature {bad}", messages, [system], 0.3)[2:]
-        assert value == 0.3
-        assert "give a number from 0 to 2" in said
-    assert "/undo" in run("/help", messages, [system], 0.3)[3]
-    assert run("/hlep", messages, [system], 0.3) == (messages, [system], 0.3, "no command /hlep; /help lists them")
+        assert "give a number from 0 to 2" in terminal.command(talking, f"/temperature {bad}")
+    assert talking.temperature == 0.8
+    assert terminal.command(talking, "/seed 7") == "the seed is 7"
+    for bad in ("x", "-1", "1.5", str(2**32), "²"):
+        assert "the seed is 7; give a whole number" in terminal.command(talking, f"/seed {bad}")
+    assert talking.seed == 7
+    terminal.command(talking, "/seed")
+    assert talking.seed is None
 
 
-def test_the_opening_is_not_changed_by_the_chat_that_follows() -> None:
-    system: Message = {"role": "system", "content": "s"}
-    opening = [system]
-    messages = terminal.command("/reset", [], opening, 0.3)[0]
-    messages.append(user("a"))
-    assert opening == [system]
+def test_another_model_goes_on_with_the_conversation(
+    talking: terminal.Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny.base(tmp_path / "other")
+    tiny.base(tmp_path / "plain", template=None)
+    before = list(talking.messages)
+    assert "this is base" in terminal.command(talking, "/model")
+    assert "error: no such model 'nowhere'" in terminal.command(talking, "/model nowhere")
+    assert "has no chat template" in terminal.command(talking, "/model plain")
+    assert talking.ref == "base"
+    assert "it has read the conversation so far" in terminal.command(talking, "/model other")
+    assert (talking.ref, talking.llm.path, talking.messages) == ("other", Path("other"), before)
+    talking.require_passport = True
+    (tmp_path / "third").mkdir()
+    assert "third has no passport.json" in terminal.command(talking, "/model third")
+
+
+def test_what_is_saved_can_be_tuned_on(talking: terminal.Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from criadero.data.chats import read_chats
+
+    monkeypatch.chdir(tmp_path)
+    assert "give a file" in terminal.command(talking, "/save")
+    assert "end with .jsonl" in terminal.command(talking, "/save chat.txt")
+    assert "No such file or directory" in terminal.command(talking, "/save nowhere/chats.jsonl")
+    for _ in range(2):
+        assert terminal.command(talking, "/save chats.jsonl").endswith("added (5 messages)")
+    assert read_chats("chats.jsonl").chats == [talking.messages] * 2
+    terminal.command(talking, "/reset")
+    assert terminal.command(talking, "/save chats.jsonl") == "there is nothing to save yet"
+
+
+def test_a_question_is_answered_again_with_another_seed(folder: Path) -> None:
+    settings: dict[str, Any] = {"temperature": 1.0, "max_tokens": 20, "seed": 3}
+    said = talk(folder, ["/retry", "a", "/retry", "/retry", "/stats"], **settings)
+    assert said.startswith("there is no answer to give again\nyou:   a\n")
+    answers = [part.split("you:")[0] for part in said.split("model: ")[1:]]
+    assert len(set(answers)) == 3
+    assert "; 2 messages" in said  # one question and the last answer
+    assert talk(folder, ["a"], **settings).split("model: ")[1] == answers[0].split("you:")[0]
+
+
+def test_stats_tell_what_the_answer_took(folder: Path) -> None:
+    said = talk(folder, ["/stats", "Can I pay by card?", "And now?", "/stats"], seed=5)
+    assert "nothing was answered yet" in said
+    assert re.search(r"answer +\d+ tokens, \d+/s, .*; \d+ tokens were read, \d+ of them known from before", said)
+    assert re.search(r"context +\d+ of 128 tokens; 4 messages", said)
+    assert "temperature 0, seed 5, at most 8 tokens" in said
 
 
 # --- at the keyboard ---
@@ -174,22 +239,67 @@ def test_prompts_are_of_one_width() -> None:
     assert terminal.prompts("\n")[1] == "model>  "
 
 
-def test_the_prompt_names_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Screen(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
-    typed, asked = iter(["Can I pay by card?", "/exit"]), []
-    monkeypatch.setattr("builtins.input", lambda prompt: asked.append(prompt) or next(typed))
-    monkeypatch.setattr(sys, "stdin", Screen())
+
+@pytest.fixture
+def keyboard(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path
+) -> Iterable[Callable[[str], tuple[str, list[list[Message]]]]]:
+    """Type keys into a chat at a terminal: what the screen shows, and the messages of each answer. Every answer is "Yes."."""
+    from prompt_toolkit.application import create_app_session
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdin", Screen())
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(LLM, "chat", lambda self, messages, **settings: iter(["Yes."]))
-    out = Screen()
-    terminal.chat(".", out=out)
-    assert asked == ["you>   "] * 2
-    assert "base>  " in out.getvalue()
-    assert "cria>" not in out.getvalue()
+    seen: list[list[Message]] = []
+    monkeypatch.setattr(LLM, "chat", lambda self, messages, **settings: iter(seen.append(list(messages)) or ["Yes."]))
+
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+
+        def type_keys(text: str) -> tuple[str, list[list[Message]]]:
+            keys.send_text(text)
+            out = Screen()
+            terminal.chat(".", out=out)
+            return out.getvalue(), seen
+
+        yield type_keys
+
+
+def test_lines_are_typed_and_the_prompt_names_the_model(keyboard: Any) -> None:
+    shown, seen = keyboard("Can I pay by card?\rAnd\x1b\rnow?\r/stats\r/exit\r")
+    assert [messages[-1] for messages in seen] == [user("Can I pay by card?"), user("And\nnow?")]
+    assert shown.count("base>  ") == 2
+    assert "cria>" not in shown
+    assert "4 messages" in shown
+
+
+def test_ctrl_c_clears_the_line_and_ctrl_d_leaves(keyboard: Any) -> None:
+    shown, seen = keyboard("a\r" + "never sent\x03" + "b\r" + "\x04")
+    assert [messages[-1]["content"] for messages in seen] == ["a", "b"]
+    assert "Ctrl-D or /exit leaves" in shown
+
+
+def test_the_lines_of_the_last_session_come_back(keyboard: Any, tmp_path: Path) -> None:
+    keyboard("a\r\x04")
+    _, seen = keyboard("\x1b[A\r\x04")
+    assert [messages[-1]["content"] for messages in seen] == ["a", "a"]
+    file = tmp_path / "state" / "criadero" / "chat-history"
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_home_that_cannot_be_written_stops_nothing(keyboard: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", "/dev/null/nowhere")
+    assert len(keyboard("a\r\x04")[1]) == 1
+
+
+def test_what_a_terminal_obeys_is_not_printed() -> None:
+    assert terminal.printable("a\x1b[2J\x07b\n\tñ\u200d😀\x9b") == "a[2Jb\n\tñ\u200d😀"
 
 
 # --- from the command line ---
