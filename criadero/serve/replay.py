@@ -16,7 +16,8 @@ from typing import Any
 from criadero import __version__
 from criadero.artifact import resolve
 from criadero.checkpoints import template_of
-from criadero.engine.llm import LLM
+from criadero.engine.llm import LLM, Building, Sample
+from criadero.engine.request import Request, sampling_params
 from criadero.errors import UserError
 from criadero.serve.models import weights_sha256
 from criadero.serve.run import ids_sha256
@@ -83,12 +84,10 @@ def replay(
             _note(differs, "the chat template", receipt["template_sha256"], _hash(template_of(holder).source))
         except UserError:
             differs.append("the chat template: there is none now")
-    params = dict(receipt["params"])
-    params["logit_bias"] = {int(key): value for key, value in params.get("logit_bias", {}).items()}
-    result = llm.complete(ids, adapter=name, **params)
+    samples = _samples(llm, ids, receipt, name)
     hashes: list[str] = receipt["answers_sha256"]
     same, first = True, None
-    for sample, whole in zip(result.samples, hashes, strict=True):
+    for sample, whole in zip(samples, hashes, strict=True):
         before = (receipt.get("answer_ids") or [None] * len(hashes))[sample.index]
         ended = (receipt.get("finish_reasons") or [None] * len(hashes))[sample.index]
         these = sample.ids
@@ -106,9 +105,22 @@ def replay(
             if first is None and before is not None:
                 pairs = zip(these, before, strict=False)
                 first = next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(these), len(before)))
-    return Replayed(
-        same, [sample.text for sample in result.samples], [len(sample.ids) for sample in result.samples], differs, first
-    )
+    return Replayed(same, [sample.text for sample in samples], [len(sample.ids) for sample in samples], differs, first)
+
+
+def _samples(llm: LLM, ids: Sequence[int], receipt: dict[str, Any], adapter: str | None) -> list[Sample]:
+    """The answers, computed alone."""
+    values = dict(receipt["params"])
+    values["logit_bias"] = {int(key): value for key, value in values.get("logit_bias", {}).items()}
+    params = sampling_params(values)
+    building = Building(params.n)
+    id = llm.engine.add(Request(ids, params, adapter, continues=bool(receipt["continues"])))
+    done = False
+    while not done:
+        for output in llm.engine.step():
+            building.add(output)
+            done = done or (output.id == id and output.done)
+    return building.samples
 
 
 def _note(differs: list[str], what: str, before: Any, now: Any) -> None:
