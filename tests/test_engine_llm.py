@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import tiny
 import torch
 
+from criadero.artifact import resolve
 from criadero.chat import Message, render
 from criadero.checkpoints import load_model, write_gguf
 from criadero.engine.generate import generate
@@ -45,6 +47,17 @@ def nothing_is_left(llm: LLM) -> Any:
     assert llm.engine.pages.used() == 0
     assert llm._boxes == {}
     llm.engine.pages.check()
+
+
+def test_a_passport_can_be_required(tmp_path: Path) -> None:
+    whole = Path(shutil.copytree(resolve("cria"), tmp_path / "whole"))
+    assert LLM(whole, require_passport=True).complete("Hola", max_tokens=1).ids
+    with (whole / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\1")
+    with pytest.raises(UserError, match=r"passport is required: .*model\.safetensors"):
+        LLM(whole, require_passport=True)
+    LLM(whole)  # else nothing is hashed
 
 
 # --- streams ---

@@ -155,11 +155,13 @@ class LLM:
         self, ref: str | Path | Artifact, *, runner: Literal["auto", "native", "torch"] = "auto", weights: str = "auto",
         kv: str = "auto", kv_memory: int | None = None, threads: int | None = None, sequences: int = 16, chunk: int = 512,
         draft: str | Path | Artifact | None = None, draft_tokens: int = TOKENS, device: str = "cpu", compile: bool = False,
+        require_passport: bool = False,
     ) -> None:  # fmt: skip
         """Load a bundled model, a folder or a GGUF file. All else has a default that suits the machine (`make_runner`).
 
         ``sequences`` are computed at once at most, ``chunk`` prompt tokens in a step. ``draft`` is a small model of the same
-        vocabulary that guesses ahead, or "lookup": copy from what is there; each guesses ``draft_tokens`` a step.
+        vocabulary that guesses ahead, or "lookup": copy from what is there; each guesses ``draft_tokens`` a step. With
+        ``require_passport`` every file of the model (its adapter's base, its draft) has to be as its passport says.
         """
         self.path = resolve(ref)
         self.tokenizer: Tokenizer = tokenizer_of(self.path)
@@ -169,7 +171,9 @@ class LLM:
                 f"{self.path}: its tokenizer has {self.tokenizer.vocab_size} tokens but the model {config.vocab_size} "
                 "embeddings: the two do not belong together"
             )
-        options: dict[str, Any] = {"runner": runner, "threads": threads, "device": device, "sequences": sequences}
+        options: dict[str, Any] = {
+            "runner": runner, "threads": threads, "device": device, "sequences": sequences, "require_passport": require_passport,
+        }  # fmt: skip
         self.runner: Runner = make_runner(
             self.path, weights=weights, kv=kv, kv_memory=kv_memory, compile=compile, **options
         )

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from criadero.artifact import Artifact
+from criadero.artifact import Artifact, require
 from criadero.config import ModelConfig
 from criadero.errors import UserError
 
@@ -82,13 +82,14 @@ class Runner(Protocol):
 def make_runner(
     ref: str | Path | Artifact, *, runner: Literal["auto", "native", "torch"] = "auto", threads: int | None = None,
     pages: int | None = None, kv_memory: int | None = None, page: int = PAGE, sequences: int = 16, weights: str = "auto",
-    kv: str = "auto", device: str = "cpu", compile: bool = False,
+    kv: str = "auto", device: str = "cpu", compile: bool = False, require_passport: bool = False,
 ) -> Runner:  # fmt: skip
     """Load ``ref`` into the best runner there is: the native one where its compiled module is installed, else PyTorch.
 
     ``pages`` of ``page`` tokens, or ``kv_memory`` bytes, size the cache; the default is room for ``sequences`` whole contexts,
     at most a quarter of the free memory. ``weights`` and ``kv`` name number formats (``auto``: as stored, or what suits the
-    runner); ``threads`` default to the physical cores. A model that cannot fit is refused before anything is loaded.
+    runner); ``threads`` default to the physical cores. A model that cannot fit is refused before anything is loaded, and so is,
+    with ``require_passport``, one of which a file (or of an adapter's base) is not as its passport says.
     """
     from criadero.engine.fit import cache_pages, check_fits
 
@@ -107,8 +108,12 @@ def make_runner(
             "the native runner is not installed (criadero.kernels has no compiled module): use runner torch"
         )
     threads = threads or physical_cores()
-    from criadero.checkpoints import load_config
+    from criadero.checkpoints import ADAPTER, adapter_base, load_config
 
+    if require_passport:
+        folder = require(ref)
+        if (folder / ADAPTER).is_file():
+            require(adapter_base(folder))
     shape = load_config(ref)
     form = "bfloat16" if kv == "auto" and device.startswith("cuda") else kv
     pages = cache_pages(shape, page=page, pages=pages, memory=kv_memory, sequences=sequences, kv=form, device=device)
