@@ -37,6 +37,7 @@ from criadero.recipe import canonical_json, digest, plain, stage_name, to_toml
 
 KINDS = (
     "dataset", "tokenizer", "tokens", "base", "chat", "adapter", "model", "quantised", "index", "audit", "policy",
+    "logits",
 )  # fmt: skip
 RELATIONS = (
     "finetune_of", "trained_on", "trained_on_outputs_of", "outputs_of", "distilled_from", "merged_from", "quantised_from",

@@ -248,6 +248,10 @@ _add_stage(
 )  # fmt: skip
 _add_stage(data_app, "tokenizer", "tokenizer", ("data",), "Train a byte-level BPE tokenizer on a dataset.")
 _add_stage(data_app, "pack", "tokens", ("data",), "A dataset to token shards, ready for pretraining.")
+_add_stage(
+    data_app, "logits", "logits", ("teacher", "data"),
+    "What a larger model would say at each learned token of the data, for tune to follow (distillation).",
+)  # fmt: skip
 _add_stage(data_app, "index", "index", ("tokens",), "Tokens to an index, in which any text is found at once.")
 _add_stage(data_app, "unique", "unique", ("tokens", "index"), "Tokens without the passages that stand in them twice.")
 cli_trace.add(app, data_app)
@@ -273,6 +277,9 @@ _add_stage(
 )
 _add_stage(
     synth_app, "clean-chats", "clean_chats", ("data",), "Chats as people share them, cleaned and split (Vicuna)."
+)
+_add_stage(
+    synth_app, "answers", "answers", ("teacher", "data"), "The questions of some chats, answered by a teacher instead."
 )
 _add_stage(
     synth_app, "judge", "judge", ("questions",), "A teacher compares two models' answers, or marks one's (MT-bench)."

@@ -41,6 +41,7 @@ STAGES: Stages = {
     "index": functools.partial(_load, "criadero.trust.index", "IndexRecipe", "build_index"),
     "unique": functools.partial(_load, "criadero.trust.repeats", "UniqueRecipe", "build_unique"),
     "pretrain": functools.partial(_load, "criadero.train.pretrain", "PretrainRecipe", "pretrain"),
+    "logits": functools.partial(_load, "criadero.train.distil", "LogitsRecipe", "logits"),
     "sft": functools.partial(_load, "criadero.train.sft", "SftRecipe", "sft"),
     "quantize": functools.partial(_load, "criadero.quantization.stage", "QuantizeRecipe", "quantize"),
     "merge": functools.partial(_load, "criadero.merge", "MergeRecipe", "merge"),
@@ -50,6 +51,7 @@ STAGES: Stages = {
     "document_questions": functools.partial(
         _load, "criadero.synth.documents", "DocumentQuestionsRecipe", "document_questions"
     ),
+    "answers": functools.partial(_load, "criadero.synth.answers", "AnswersRecipe", "answers"),
     "judge": functools.partial(_load, "criadero.synth.judge", "JudgeRecipe", "judge"),
 }
 

@@ -31,6 +31,7 @@ class Batch:
     segments: Tensor
     positions: Tensor
     dtype: torch.dtype = torch.float32  # of the computation
+    teacher: tuple[Tensor, Tensor] | None = None  # likeliest tokens, their probabilities [M, k]; M: learned tokens
 
     @property
     def tokens(self) -> int:

@@ -29,6 +29,16 @@ from criadero.train.answers import answers, choose
 from criadero.train.batches import Batch, ExampleBatches, pack_examples, rows_to_batch
 from criadero.train.checkpoint import resumed_dtype
 from criadero.train.curves import read_metrics
+from criadero.train.distil import (
+    Lesson,
+    TaughtBatches,
+    check_student,
+    distil_loss,
+    held_out_batches,
+    is_logits,
+    mean_divergence,
+    open_lesson,
+)
 from criadero.train.hardware import choose_dtype, keep_memory, peak_memory_bytes
 from criadero.train.loop import Plan, train
 from criadero.train.loss import next_token_loss
@@ -67,6 +77,12 @@ class SftRecipe:
     held_out_share: float = field(default=0.1, metadata={"help": "part kept apart when held_out is not given"})
     method: Literal["lora", "qlora", "dora", "full"] = field(
         default="lora",
+    distil: float = field(
+        default=0.5,
+        metadata={
+            "help": "when the data are a teacher's logits: part of the loss that follows it, the rest follows the text"
+        },
+    )
         metadata={"help": "low-rank adapters; on a base kept in 4 or 8 bits; with lengths apart (DoRA); every weight"},
     )
     lora_rank: int = field(default=16, metadata={"help": "rank of the adapters"})
@@ -169,8 +185,17 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
         if adapts:
             lora.check_rank(recipe.lora_rank, recipe.lora_targets, config)
         context = _context(recipe, config)
-        prepared = prepare(recipe, data_path, tokenizer, template, context)
+        prepared = (
+            _prepared_before(lesson, recipe.base, context)
+            if lesson
+            else prepare(recipe, data_path, tokenizer, template, context)
+        )
+        objective = distil_loss(recipe.distil, lesson.temperature) if lesson else next_token_loss
         check(prepared.report)
+        lesson = open_lesson(data_path) if is_logits(data_path) else None
+        if lesson:
+            check_student(lesson, recipe, tokenizer)
+            template = lesson.template
         new_ids = _new_ids(recipe, tokenizer, prepared.train)
         _check_ids(prepared, config, recipe.base)
         draft.add_input("finetune_of", recipe.base)
@@ -222,6 +247,8 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
         show(
             prepared.report, tokenizer, prepared.train[0], base=recipe.base, method=recipe.method, trained=trained,
             total=config.parameters(), steps=steps, tokens=int(epochs * prepared.report.tokens),
+        if lesson:
+            batches = TaughtBatches(batches, lesson.train)  # type: ignore[assignment]
             epochs=epochs, batch_tokens=batch_tokens, memory=memory, speed=speed, why=why, lr=lr,
             rule=rule[0],
         )  # fmt: skip
@@ -242,12 +269,14 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
         model.train()
         with tracker(recipe.track, out, draft.path, dataclasses.asdict(recipe)) as track:
             done = train(
-                model, optimizer, batches, next_token_loss, plan, draft.path, about={"dtype": str(dtype)}, label="tuning",
+                model, optimizer, batches, objective, plan, draft.path, about={"dtype": str(dtype)}, label="tuning",
                 evaluate=(lambda: {"chats": held_out_loss(model, evaluation)}) if evaluation else None,
                 sample=(lambda: answers(model, sampled, tokenizer, _listed(ends), SHORT)) if sampled else None, track=track,
                 name_batch=lambda n: _named(prepared.places, batches.rows_at(n)),
             )  # fmt: skip
         after = held_out_loss(model, evaluation)
+        taught = held_out_batches(lesson.held_out, length, rows, pad, dtype, device) if lesson else []
+        apart = [mean_divergence(model, taught, lesson.temperature)] if lesson else []
         answers_after = answers(model, asked, tokenizer, _listed(ends))
         if evaluation:
             kept = f"; step {done['best_step']} is kept" if done["best_step"] not in (0, done["steps"]) else ""
@@ -270,6 +299,19 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
         draft.model.update(describe(config) | {"trained_params": trained, "method": recipe.method})
         derived = {"lr": lr, "epochs": epochs, "batch_tokens": batch_tokens, "eval_every": every, "row_length": length}
         draft.step.update(
+        if lesson and taught:
+            apart.append(mean_divergence(model, taught, lesson.temperature))
+            say(f"divergence from the teacher, held out: {apart[0]:.4f} before, {apart[1]:.4f} after")
+            draft.metrics += [
+                {
+                    "suite": "held_out",
+                    "metric": "divergence",
+                    "slice": name,
+                    "value": value,
+                    "n": int(before["supervised"]),
+                }
+                for name, value in zip(("before", "after"), apart, strict=True)
+            ]
             {
                 "tokens": done["tokens"],
                 "steps": done["steps"],
@@ -393,6 +435,8 @@ def _check_base(base: Path, kind: str) -> None:
         )
 
 
+    if not 0 <= recipe.distil <= 1:
+        raise UserError(f"distil is a part of the loss, from 0 to 1, not {recipe.distil:g}")
 def _check_method(recipe: SftRecipe, base: Path) -> None:
     """QLoRA is for a base that lies there in 4 or 8 bits, and leaves it so."""
     from criadero.checkpoints import holds_quantised
@@ -590,6 +634,20 @@ def _prepare_texts(recipe: SftRecipe, data: Path, tokenizer: Tokenizer, context:
     held_out = [example for one in apart for example in pieces_of(one.text, tokenizer, context)]
     report.count(train_examples, held_out)
     counts = {"documents": len(texts), "pieces": len(train_examples), "bad": len(bad)}
+def _prepared_before(lesson: Lesson, base: str, context: int) -> Prepared:
+    """The examples of a ``logits`` artifact, which were rendered when it was made, and the counts of then."""
+    longest = max(len(one.ids) for one in [*lesson.train.examples, *lesson.held_out.examples])
+    if longest > context:
+        raise UserError(
+            f"the longest example that the teacher was asked about has {longest} tokens, but the context of {base} is {context}: "
+            f"make the logits again with max_length = {context}"
+        )
+    report = Report(**lesson.about["report"])
+    report.context = context
+    nothing = ChatFile([], Shape("text", ()), {})
+    return Prepared(lesson.train.examples, lesson.held_out.examples, report, nothing, [], lesson.about["places"])
+
+
     nothing = ChatFile([], Shape("text", ()), counts, bad)
     return Prepared(train_examples, held_out, report, nothing, [], [place for _, place in kept])
 

@@ -28,7 +28,7 @@ SEVERITIES: tuple[Severity, ...] = ("conflict", "unknown", "duty", "note")
 DATA_EFFECTS = ("none", "attribution", "careful")
 EU = frozenset("AT BE BG CY CZ DE DK EE ES FI FR GR HR HU IE IT LT LU LV MT NL PL PT RO SE SI SK".split())  # noqa: SIM905
 CREDITS = ("attribution", "changes", "keep_text")
-NOT_MODELS = ("dataset", "tokens", "tokenizer", "index", "audit")
+NOT_MODELS = ("dataset", "tokens", "tokenizer", "index", "audit", "logits")
 
 
 @dataclass(frozen=True)
