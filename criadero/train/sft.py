@@ -75,14 +75,14 @@ class SftRecipe:
         metadata={"help": "chats to measure on; default: the dataset's held-out split, or a part of the data"},
     )
     held_out_share: float = field(default=0.1, metadata={"help": "part kept apart when held_out is not given"})
-    method: Literal["lora", "qlora", "dora", "full"] = field(
-        default="lora",
     distil: float = field(
         default=0.5,
         metadata={
             "help": "when the data are a teacher's logits: part of the loss that follows it, the rest follows the text"
         },
     )
+    method: Literal["lora", "qlora", "dora", "full"] = field(
+        default="lora",
         metadata={"help": "low-rank adapters; on a base kept in 4 or 8 bits; with lengths apart (DoRA); every weight"},
     )
     lora_rank: int = field(default=16, metadata={"help": "rank of the adapters"})
@@ -179,6 +179,10 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
     ) as draft:  # fmt: skip
         tokenizer, template, config = tokenizer_of(base_path), _template(recipe, base_path), load_config(base_path)
         known = tokenizer.vocab_size
+        lesson = open_lesson(data_path) if is_logits(data_path) else None
+        if lesson:
+            check_student(lesson, recipe, tokenizer)
+            template = lesson.template
         if recipe.new_tokens:
             tokenizer = tokenizer.with_special(recipe.new_tokens)
             config = dataclasses.replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size))
@@ -192,10 +196,6 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
         )
         objective = distil_loss(recipe.distil, lesson.temperature) if lesson else next_token_loss
         check(prepared.report)
-        lesson = open_lesson(data_path) if is_logits(data_path) else None
-        if lesson:
-            check_student(lesson, recipe, tokenizer)
-            template = lesson.template
         new_ids = _new_ids(recipe, tokenizer, prepared.train)
         _check_ids(prepared, config, recipe.base)
         draft.add_input("finetune_of", recipe.base)
@@ -225,6 +225,8 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
         batches = ExampleBatches(
             prepared.train, row_length=length, rows=rows, pad=pad, seed=recipe.seed, dtype=dtype, device=device
         )
+        if lesson:
+            batches = TaughtBatches(batches, lesson.train)  # type: ignore[assignment]
         micro = max(1, min(round(batch_tokens / (rows * length)), batches.steps_per_epoch))
         epochs = recipe.epochs or min(max(math.ceil(200 * micro / batches.steps_per_epoch), 3), 30)
         steps = max(1, math.ceil(epochs * batches.steps_per_epoch / micro))
@@ -243,16 +245,16 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
             memory -= (config.parameters() - trained) * (18 if dtype == torch.bfloat16 else 20)
         memory -= lora.packed_savings(model, dtype)
         check_memory(memory)
-        speed = measure_speed(model, batches(0), next_token_loss)
+        speed = measure_speed(model, batches(0), objective)
         show(
             prepared.report, tokenizer, prepared.train[0], base=recipe.base, method=recipe.method, trained=trained,
             total=config.parameters(), steps=steps, tokens=int(epochs * prepared.report.tokens),
-        if lesson:
-            batches = TaughtBatches(batches, lesson.train)  # type: ignore[assignment]
             epochs=epochs, batch_tokens=batch_tokens, memory=memory, speed=speed, why=why, lr=lr,
             rule=rule[0],
         )  # fmt: skip
         before = held_out_loss(model, evaluation)
+        taught = held_out_batches(lesson.held_out, length, rows, pad, dtype, device) if lesson else []
+        apart = [mean_divergence(model, taught, lesson.temperature)] if lesson else []
         answers_before = answers(model, asked, tokenizer, _listed(ends))
         if evaluation:
             say(f"held-out loss before: {before['loss']:.4f} on {before['supervised']:,} supervised tokens")
@@ -275,8 +277,19 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
                 name_batch=lambda n: _named(prepared.places, batches.rows_at(n)),
             )  # fmt: skip
         after = held_out_loss(model, evaluation)
-        taught = held_out_batches(lesson.held_out, length, rows, pad, dtype, device) if lesson else []
-        apart = [mean_divergence(model, taught, lesson.temperature)] if lesson else []
+        if lesson and taught:
+            apart.append(mean_divergence(model, taught, lesson.temperature))
+            say(f"divergence from the teacher, held out: {apart[0]:.4f} before, {apart[1]:.4f} after")
+            draft.metrics += [
+                {
+                    "suite": "held_out",
+                    "metric": "divergence",
+                    "slice": name,
+                    "value": value,
+                    "n": int(before["supervised"]),
+                }
+                for name, value in zip(("before", "after"), apart, strict=True)
+            ]
         answers_after = answers(model, asked, tokenizer, _listed(ends))
         if evaluation:
             kept = f"; step {done['best_step']} is kept" if done["best_step"] not in (0, done["steps"]) else ""
@@ -299,19 +312,6 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
         draft.model.update(describe(config) | {"trained_params": trained, "method": recipe.method})
         derived = {"lr": lr, "epochs": epochs, "batch_tokens": batch_tokens, "eval_every": every, "row_length": length}
         draft.step.update(
-        if lesson and taught:
-            apart.append(mean_divergence(model, taught, lesson.temperature))
-            say(f"divergence from the teacher, held out: {apart[0]:.4f} before, {apart[1]:.4f} after")
-            draft.metrics += [
-                {
-                    "suite": "held_out",
-                    "metric": "divergence",
-                    "slice": name,
-                    "value": value,
-                    "n": int(before["supervised"]),
-                }
-                for name, value in zip(("before", "after"), apart, strict=True)
-            ]
             {
                 "tokens": done["tokens"],
                 "steps": done["steps"],
@@ -404,6 +404,8 @@ def _write(
 def _check_recipe(recipe: SftRecipe) -> None:
     if recipe.epochs < 0:
         raise UserError(f"epochs must be positive, or 0 to derive them, not {recipe.epochs:g}")
+    if not 0 <= recipe.distil <= 1:
+        raise UserError(f"distil is a part of the loss, from 0 to 1, not {recipe.distil:g}")
     for name in ("lr", "held_out_share", "lora_dropout"):
         if not 0 <= getattr(recipe, name) < 1:
             raise UserError(f"{name} must be at least 0 and below 1, not {getattr(recipe, name):g}")
@@ -435,8 +437,6 @@ def _check_base(base: Path, kind: str) -> None:
         )
 
 
-    if not 0 <= recipe.distil <= 1:
-        raise UserError(f"distil is a part of the loss, from 0 to 1, not {recipe.distil:g}")
 def _check_method(recipe: SftRecipe, base: Path) -> None:
     """QLoRA is for a base that lies there in 4 or 8 bits, and leaves it so."""
     from criadero.checkpoints import holds_quantised
@@ -603,6 +603,20 @@ def prepare(recipe: SftRecipe, data: Path, tokenizer: Tokenizer, template: Templ
     return Prepared(train_examples, held_out, report, chat_file, kept_apart, [place for _, place in kept])
 
 
+def _prepared_before(lesson: Lesson, base: str, context: int) -> Prepared:
+    """The examples of a ``logits`` artifact, which were rendered when it was made, and the counts of then."""
+    longest = max(len(one.ids) for one in [*lesson.train.examples, *lesson.held_out.examples])
+    if longest > context:
+        raise UserError(
+            f"the longest example that the teacher was asked about has {longest} tokens, but the context of {base} is {context}: "
+            f"make the logits again with max_length = {context}"
+        )
+    report = Report(**lesson.about["report"])
+    report.context = context
+    nothing = ChatFile([], Shape("text", ()), {})
+    return Prepared(lesson.train.examples, lesson.held_out.examples, report, nothing, [], lesson.about["places"])
+
+
 def _split_long(
     chat: list[Message], whole: Example, draw: Callable[[Sequence[Message]], Example], context: int, report: Report
 ) -> list[Example]:
@@ -634,20 +648,6 @@ def _prepare_texts(recipe: SftRecipe, data: Path, tokenizer: Tokenizer, context:
     held_out = [example for one in apart for example in pieces_of(one.text, tokenizer, context)]
     report.count(train_examples, held_out)
     counts = {"documents": len(texts), "pieces": len(train_examples), "bad": len(bad)}
-def _prepared_before(lesson: Lesson, base: str, context: int) -> Prepared:
-    """The examples of a ``logits`` artifact, which were rendered when it was made, and the counts of then."""
-    longest = max(len(one.ids) for one in [*lesson.train.examples, *lesson.held_out.examples])
-    if longest > context:
-        raise UserError(
-            f"the longest example that the teacher was asked about has {longest} tokens, but the context of {base} is {context}: "
-            f"make the logits again with max_length = {context}"
-        )
-    report = Report(**lesson.about["report"])
-    report.context = context
-    nothing = ChatFile([], Shape("text", ()), {})
-    return Prepared(lesson.train.examples, lesson.held_out.examples, report, nothing, [], lesson.about["places"])
-
-
     nothing = ChatFile([], Shape("text", ()), counts, bad)
     return Prepared(train_examples, held_out, report, nothing, [], [place for _, place in kept])
 
