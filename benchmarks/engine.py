@@ -1,7 +1,8 @@
 """The engine beside its peers on one model file, in one run, interleaved: load, prefill, decode at several batch sizes.
 
     python benchmarks/engine.py [--peer llama.cpp,transformers] [--shape tinyllama-1.1b] [--type Q4_0,Q4_K_M] [--model FILE.gguf]
-                                [--peer-python .peers/bin/python] [--rounds 5] [--loads 3] [--threads 2] [--json]
+                                [--peer-python .peers/bin/python] [--rounds 5] [--loads 3]
+                                [--batches 1,4,8,16] [--threads 2] [--json]
 
 Each side runs in a process of its own with the model loaded (benchmarks/engine_worker.py), the same token ids, and takes the largest
 logit of each sequence as the next token; the sides answer in turn, A B A B, and the ratio is of medians, with the spread of the rounds'
@@ -25,6 +26,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+# Before each command: for a tenth of a second after its work, llama.cpp's threads still turn, waiting for more, on the cores that the other
+# side is to use
+PAUSE = 0.5
 
 
 @dataclass
@@ -41,6 +45,7 @@ class Side:
         self.process.wait()
 
     def ask(self, **command: Any) -> float:
+        time.sleep(PAUSE)
         assert self.process.stdin
         assert self.process.stdout
         self.process.stdin.write(json.dumps(command) + "\n")
@@ -59,11 +64,11 @@ def start(name: str, type: str, model: Path, python: str, threads: int) -> Side:
     return Side(name, type, process)
 
 
-def tasks(quick: bool) -> list[tuple[str, dict[str, Any], int]]:
+def tasks(quick: bool, batches: list[int]) -> list[tuple[str, dict[str, Any], int]]:
     """(name, command, tokens that the seconds stand for)"""
     steps = 16 if quick else 32
     rows: list[tuple[str, dict[str, Any], int]] = [("prefill 512", {"do": "prefill", "tokens": 512}, 512)]
-    for batch in (1, 4, 8, 16):
+    for batch in batches:
         rows.append(
             (f"decode, batch {batch}", {"do": "decode", "batch": batch, "prompt": 128, "steps": steps}, batch * steps)
         )
@@ -107,10 +112,10 @@ def measure_loads(wanted: list[tuple], loads: int) -> tuple[dict[str, list[float
     return seconds, peaks
 
 
-def measure(sides: list[Side], rounds: int, quick: bool) -> dict[str, dict[str, list[float]]]:
+def measure(sides: list[Side], rounds: int, quick: bool, batches: list[int]) -> dict[str, dict[str, list[float]]]:
     """``[task][side]`` -> tokens a second, one value a round; sides in turn."""
     speeds: dict[str, dict[str, list[float]]] = {}
-    for name, command, tokens in tasks(quick):
+    for name, command, tokens in tasks(quick, batches):
         for side in sides:  # one unmeasured warm-up each
             side.ask(**command)
         for number in range(rounds):
@@ -131,6 +136,7 @@ def main() -> None:
     parser.add_argument("--peer-python", default=str(HERE.parent / ".peers/bin/python"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--loads", type=int, default=3)
+    parser.add_argument("--batches", default="1,4,8,16", help="sequences decoded at once")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="fewer steps a round")
     parser.add_argument("--json", action="store_true")
@@ -158,8 +164,10 @@ def main() -> None:
     sides = [start(*one) for one in wanted]
     for side in sides:
         side.ask(do="load")
+    time.sleep(PAUSE)
     before = limits(arguments.threads)
-    speeds = measure(sides, arguments.rounds, arguments.quick)
+    speeds = measure(sides, arguments.rounds, arguments.quick, [int(n) for n in arguments.batches.split(",")])
+    time.sleep(PAUSE)
     after = limits(arguments.threads)
     peaks = {f"{side.name} {side.type}": side.peak_bytes for side in sides}
     for side in sides:
