@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from criadero import lora
 from criadero.kernels import native, reference_train
+from criadero.kernels.formats import QuantTensor
 from criadero.model import Llama
+from criadero.quant_linear import QuantLinear
 from criadero.train import fast
 from criadero.train.batches import IGNORE, Batch
 from criadero.train.loss import attention_for, next_token_loss
@@ -49,6 +52,18 @@ def batch(vocab: int, dtype: torch.dtype, seed: int = 0) -> Batch:
     for i in range(1, segments.shape[1]):
         positions[:, i] = torch.where(segments[:, i] == segments[:, i - 1], positions[:, i - 1] + 1, 0)
     return Batch(ids, targets, segments, positions, dtype)
+
+
+def packed(weight: Tensor, bits: int) -> QuantTensor:
+    """Rounded to 4 or 8 bits with a scale for 16 columns."""
+    groups = weight.view(len(weight), -1, 16)
+    scales = (groups.abs().amax(-1) / (127 if bits == 8 else 7)).half()
+    numbers = (groups / scales[..., None].float()).round().clamp(-127, 127).view(weight.shape).numpy()
+    q = numbers.astype(np.int8)
+    if bits == 4:
+        u = (numbers + 8).astype(np.uint8)
+        q = u[:, ::2] | u[:, 1::2] << 4
+    return QuantTensor(bits, 16, q, scales.numpy(), None)
 
 
 def gradients(net: Llama, loss: Tensor) -> dict[str, Tensor]:
@@ -155,7 +170,56 @@ def test_what_the_kernels_do_not_take_goes_the_slow_way_and_says_why() -> None:
     assert fast.describe(net).startswith("compiled training kernels (")
     net.model.layers[0].mlp.down_proj = torch.nn.Linear(48, 32, bias=True)
     assert fast.obstacle(net) == "with biases"
+
+
+@pytest.mark.parametrize("kind", ["lora", "odd rank", "q and v only", "dora", "int4 base", "int8 base", "new tokens"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_adapters_of_every_kind_get_the_gradients_of_the_slow_twin(kind: str, dtype: torch.dtype) -> None:
+    if dtype != torch.float64 and native() is None:
+        pytest.skip("the compiled kernels are not installed, or turned off")
+    if dtype == torch.float64 and kind in ("dora", "int4 base", "int8 base"):
+        pytest.skip("parts of it compute in float32")
+
+    def adapted(dtype: torch.dtype) -> Llama:
+        net = model(dtype, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96)
+        if kind.endswith("base"):
+            bits = int(kind[3])
+            for block in net.model.layers:
+                for parent in (block.self_attn, block.mlp):
+                    for name, layer in list(parent.named_children()):
+                        setattr(parent, name, QuantLinear(packed(layer.weight.detach().float(), bits), dtype))
+        targets = ("q_proj", "v_proj") if kind == "q and v only" else lora.ALL_LINEAR
+        rank = 3 if kind == "odd rank" else 4
+        parameters = lora.attach(net, rank=rank, alpha=8.0, targets=targets, dora=kind == "dora")
+        if kind == "new tokens":
+            parameters += lora.train_rows(net, [1, 5])
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for name, p in parameters:
+                if name.endswith("lora_B"):
+                    p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
+        return net
+
+    net = adapted(dtype)
+    data = batch(net.config.vocab_size, dtype)
+    slow = next_token_loss(net, data, attention_for(data))[0]
+    want = gradients(net, slow)
+    kernels = reference_train if dtype == torch.float64 else None
+    assert kernels or fast.obstacle(net) is None
+    loss = fast.loss_sum(net, data, kernels)[0]
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 0.04}[dtype]
+    assert float(loss.detach()) == pytest.approx(float(slow.detach()), rel=min(tolerance, 2e-3))
+    assert furthest(gradients(net, loss), want) < tolerance
+
+
+@compiled
+def test_dropout_before_the_adapters_is_kept_and_off_in_evaluation() -> None:
     net = model(torch.float32)
-    lora.attach(net, rank=2, alpha=4.0)
-    assert fast.obstacle(net) == "with LoraLinear"
-    assert next_token_loss(net, batch(net.config.vocab_size, torch.float32))[0].requires_grad
+    lora.attach(net, rank=2, alpha=4.0, dropout=0.5)
+    data = batch(net.config.vocab_size, torch.float32)
+    with torch.no_grad():
+        for layer in lora.adapters(net).values():
+            layer.lora_B.fill_(0.1)
+        losses = [float(fast.loss_sum(net.train(mode), data)[0]) for mode in (True, True, False, False)]
+    assert losses[0] != losses[1]
+    assert losses[2] == losses[3] == pytest.approx(float(next_token_loss(net, data, attention_for(data))[0]), rel=1e-5)

@@ -9,6 +9,7 @@ Shape legend: T real tokens of all rows, D hidden size, H query heads, K key-val
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from criadero.kernels import level, native, reference_train
+from criadero.lora import LoraLinear, TrainedRows, base_weight
 from criadero.model import Block, Llama, RMSNorm
+from criadero.quant_linear import QuantLinear
 from criadero.train.batches import IGNORE, Batch
 
 CHUNK = 2048  # rows of logits alive at once
@@ -33,17 +36,17 @@ def obstacle(model: Llama) -> str | None:
         return "without compiled kernels"
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return f"in {str(weight.dtype).removeprefix('torch.')}"
-    if any(p.dtype != weight.dtype for p in model.parameters()):
-        return "with mixed dtypes"
     if model.config.head_dim % 2:
         return "with heads of odd size"
     for module in model.modules():
-        if not list(module.parameters(recurse=False)):
+        if isinstance(module, LoraLinear | QuantLinear | TrainedRows) or not list(module.parameters(recurse=False)):
             continue
         if type(module) not in (nn.Linear, nn.Embedding, RMSNorm):
             return f"with {type(module).__name__}"
         if getattr(module, "bias", None) is not None:
             return "with biases"
+        if any(p.dtype != weight.dtype for p in module.parameters()):
+            return "with mixed dtypes"
     return None
 
 
@@ -182,6 +185,158 @@ class _Block(torch.autograd.Function):
         return dx, None, d_norm1.to(x.dtype), d_q, d_k, d_v, d_o, d_norm2.to(x.dtype), d_gate, d_up, d_down
 
 
+class _Adapted(torch.autograd.Function):
+    """Frozen linear layers that read the same rows, and their adapters (LoRA): ``[T, in]`` -> ``[T, sum of out]``, plus ``residual``.
+
+    ``before`` says what stands in front of them: "norm", RMSNorm by the frozen ``norm``; "swiglu"; or nothing. It is computed again on
+    the way back rather than kept. ``adapters`` are A and B of the layers that have one. No gradient is formed for a frozen weight.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, at: Setting, before: str, norm: Tensor | None, layers: Sequence[Frozen],
+        *adapters: Tensor,
+    ) -> Tensor:  # fmt: skip
+        read, r = _read(at, before, x, norm)
+        down, up = adapters[::2], adapters[1::2]
+        stacked = torch.cat(down) if down else read.new_empty(0, read.shape[1])  # [R, in]: the ranks one after another
+        low = at.product(read, stacked, b_across=True) if down else read.new_empty(len(x), 0)  # [T, R]
+        y = read.new_empty(len(x), sum(layer.width for layer in layers))
+        rank, column, number = 0, 0, 0
+        for layer in layers:
+            part = y[:, column : column + layer.width]
+            whole = len(layers) == 1
+            at.product(read, layer.weight(), part, b_across=True, residual=residual if whole else None)
+            if layer.rank:
+                at.product(
+                    low[:, rank : rank + layer.rank], up[number] * layer.scale, part, b_across=True, residual=part
+                )
+                rank, number = rank + layer.rank, number + 1
+            column += layer.width
+        ctx.at, ctx.before, ctx.layers, ctx.residual = at, before, layers, residual is not None
+        ctx.save_for_backward(x, norm, r, low, stacked, *up)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm, r, low, stacked, *up = ctx.saved_tensors
+        at: Setting = ctx.at
+        grad = grads[0].contiguous()
+        d_low, d_read = torch.empty_like(low), grad.new_empty(len(x), stacked.shape[1])
+        d_up: list[Tensor] = []
+        rank, column = 0, 0
+        for i, layer in enumerate(ctx.layers):
+            part = grad[:, column : column + layer.width]
+            at.product(part, layer.weight(), d_read, residual=d_read if i else None)
+            if layer.rank:
+                ranks = slice(rank, rank + layer.rank)
+                at.product(part, up[len(d_up)] * layer.scale, d_low[:, ranks])
+                d_up.append(at.product(part, low[:, ranks], a_across=True) * layer.scale)
+                rank += layer.rank
+            column += layer.width
+        if rank:
+            at.product(d_low, stacked, d_read, residual=d_read)
+        dx, read = d_read, x
+        if ctx.before == "norm":
+            dx, _ = at.norm_backward(d_read, x, norm, r, None)
+            read, _ = at.norm(x, norm)
+        elif ctx.before == "swiglu":
+            dx, read = torch.empty_like(x), torch.empty_like(d_read)
+            at.kernels.swiglu_backward(d_read, x, dx, read, at.threads)
+        d_stacked = at.product(d_low, read, a_across=True) if rank else stacked
+        d_down = d_stacked.split([layer.rank for layer in ctx.layers if layer.rank]) if rank else ()
+        pairs = [t for pair in zip(d_down, d_up, strict=True) for t in pair]
+        return dx, grad if ctx.residual else None, None, None, None, None, *pairs
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A frozen linear layer beside an adapter of this rank (0: none). ``base`` may be packed: then it is written out for each product."""
+
+    base: nn.Module
+    width: int
+    scale: float
+    rank: int
+
+    def weight(self) -> Tensor:
+        return base_weight(self.base)  # [width, in]
+
+
+def _read(at: Setting, before: str, x: Tensor, norm: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What the linear layers read, and the norm's factors."""
+    if before == "norm":
+        assert norm is not None
+        return at.norm(x, norm)
+    if before == "swiglu":
+        y = x.new_empty(len(x), x.shape[1] // 2)
+        at.kernels.swiglu(x, y, at.threads)
+        return y, None
+    return x, None
+
+
+def _through(
+    x: Tensor, residual: Tensor | None, at: Setting, before: str, norm: nn.Module | None, layers: Sequence[nn.Module]
+) -> Tensor:
+    """Linear layers of any kind that read the same rows, side by side; what `_Adapted` does not take calls the modules."""
+    frozen, adapters = [], []
+    for layer in layers:
+        if isinstance(layer, LoraLinear) and layer.magnitude is None and not (layer.dropout and layer.training):
+            rank, width = layer.lora_A.shape[0], layer.lora_B.shape[0]
+            frozen.append(Frozen(layer.base, width, layer.scale, rank))
+            adapters += [layer.lora_A, layer.lora_B]
+        elif isinstance(layer, QuantLinear) or (isinstance(layer, nn.Linear) and not layer.weight.requires_grad):
+            frozen.append(Frozen(layer, layer.out_features, 1.0, 0))
+    scale = None if norm is None else norm.weight
+    assert scale is None or isinstance(scale, Tensor)
+    if len(frozen) == len(layers) and not (scale is not None and scale.requires_grad):
+        wide = None if scale is None else scale.detach().to(_wide(x.dtype))
+        return _Adapted.apply(x, residual, at, before, wide, frozen, *adapters)
+    if before == "norm":
+        x = _Norm.apply(x, at, scale)
+    elif before == "swiglu":
+        gate, up = x.chunk(2, dim=-1)
+        x = F.silu(gate) * up
+    y = torch.cat([layer(x) for layer in layers], dim=-1)
+    return y if residual is None else residual + y
+
+
+class _Attend(torch.autograd.Function):
+    """Attention within documents, RoPE included: qkv ``[T, (H + 2 K) Dh]`` -> ``[T, H Dh]``."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, at: Setting) -> Tensor:
+        width = qkv.shape[1] // (at.heads + 2 * at.kv_heads) * at.heads
+        out, lse = qkv.new_empty(len(qkv), width), qkv.new_empty(at.heads, len(qkv), dtype=_wide(qkv.dtype))
+        at.attend(qkv, out, lse, None, None)
+        ctx.at = at
+        ctx.save_for_backward(qkv, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, out, lse = ctx.saved_tensors
+        d_qkv = torch.empty_like(qkv)
+        ctx.at.attend(qkv, out, lse, grads[0].contiguous(), d_qkv)
+        return d_qkv, None
+
+
+def _block(x: Tensor, at: Setting, block: Block) -> Tensor:
+    """One block of whatever layers: as one function when all its weights are plain, else half by half."""
+    attention, mlp = block.self_attn, block.mlp
+    into = [attention.q_proj, attention.k_proj, attention.v_proj]
+    layers = [*into, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    if all(type(layer) is nn.Linear for layer in layers):
+        q, k, v, o, gate, up, down = (layer.weight for layer in layers)
+        norm1, norm2 = block.input_layernorm.weight, block.post_attention_layernorm.weight
+        return _Block.apply(x, at, norm1, q, k, v, o, norm2, gate, up, down)
+    attended = _Attend.apply(_through(x, None, at, "norm", block.input_layernorm, into), at)
+    x = _through(attended, x, at, "", None, [attention.o_proj])
+    both = _through(x, None, at, "norm", block.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj])
+    return _through(both, x, at, "swiglu", None, [mlp.down_proj])
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, at: Setting, weight: Tensor) -> Tensor:
@@ -249,15 +404,10 @@ def loss_sum(model: Llama, batch: Batch, kernels: Any | None = None) -> tuple[Te
         config.rms_norm_eps,
         torch.get_num_threads(),
     )
-    x = F.embedding(rows.ids, model.model.embed_tokens.weight)  # [T, D]
+    x = model.model.embed_tokens(rows.ids)  # [T, D]
     for block in model.model.layers:
         assert isinstance(block, Block)
-        attention, mlp = block.self_attn, block.mlp
-        x = _Block.apply(
-            x, at, block.input_layernorm.weight, attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight,
-            attention.o_proj.weight, block.post_attention_layernorm.weight, mlp.gate_proj.weight, mlp.up_proj.weight,
-            mlp.down_proj.weight,
-        )  # fmt: skip
+        x = _block(x, at, block)
     learned = (rows.targets != IGNORE).nonzero()[:, 0]
     targets = rows.targets
     if len(learned) < len(targets):
