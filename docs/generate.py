@@ -36,6 +36,7 @@ STAGE_OF = {
 def main() -> int:
     """Write the pages, or with ``--check`` say which are out of date; the exit code."""
     pages = {"command-line.md": command_line(), "recipes.md": recipes(), "python.md": python_names()}
+    pages["api.md"] = api()
     if "--check" not in sys.argv[1:]:
         FOLDER.mkdir(exist_ok=True)
         for name, text in pages.items():
@@ -45,6 +46,14 @@ def main() -> int:
     for name in stale:
         print(f"error: docs/reference/{name} is not what the code says: run make docs", file=sys.stderr)
     return 1 if stale else 0
+
+
+def api() -> str:
+    """The server's parameters."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    from api_reference import page
+
+    return page(NOTE, table)
 
 
 def same(file: Path, text: str) -> bool:

@@ -47,8 +47,9 @@ class Live:
     def post(self, path: str, body: Any, **more: Any) -> httpx.Response:
         return httpx.post(self.url + path, json=body, timeout=60, **more)
 
-    def chat(self, **more: Any) -> httpx.Response:
-        return self.post("/v1/chat/completions", {"messages": HELLO, "max_tokens": 8, "temperature": 0, **more})
+    def chat(self, headers: dict[str, str] | None = None, **more: Any) -> httpx.Response:
+        body = {"messages": HELLO, "max_tokens": 8, "temperature": 0, **more}
+        return self.post("/v1/chat/completions", body, headers=headers)
 
     def get(self, path: str, **more: Any) -> httpx.Response:
         return httpx.get(self.url + path, timeout=60, **more)

@@ -135,6 +135,7 @@ def test_the_reference_is_what_the_code_says() -> None:
         "command-line.md": generate.command_line(),
         "recipes.md": generate.recipes(),
         "python.md": generate.python_names(),
+        "api.md": generate.api(),
     }
     for name, text in pages.items():
         committed = (ROOT / "docs" / "reference" / name).read_text(encoding="utf-8")

@@ -68,6 +68,13 @@ def test_prompts_of_four_shapes(live: Live, llm: LLM) -> None:
     assert sum("criadero" in event for event in found[:-1]) == 1
 
 
+def test_a_batch_is_one_request(live: Live) -> None:
+    """128 prompts may come at once (limit prompts), although 64 answers may wait (limit queue): they are one request in the line."""
+    answer = complete(live, prompt=[[5, 6, 7]] * 128, max_tokens=2)
+    assert len(answer["choices"]) == 128
+    assert len({choice["text"] for choice in answer["choices"]}) == 1
+
+
 def test_logprobs_of_prompt_and_answer(live: Live, llm: LLM) -> None:
     answer = complete(live, prompt=TEXT, echo=True, logprobs=2, max_tokens=4)
     choice, ids = answer["choices"][0], llm.ids(TEXT)

@@ -54,6 +54,7 @@ class Ticket:
     answers: int
     tokens: int
     headers: dict[str, str]
+    requests: int = 1
     left: bool = False
 
 
@@ -66,23 +67,24 @@ class Admission:
         self._answers: dict[int, int] = {}  # id of a worker -> answers it owes
         self._usage: dict[str, _Usage] = {}
 
-    def enter(self, key: Key, worker: Worker, *, answers: int, tokens: int) -> Ticket:
-        """A place for a request of so many answers, of ``tokens`` at most; 429 or 503 with ``Retry-After`` otherwise."""
+    def enter(self, key: Key, worker: Worker, *, answers: int, tokens: int, prompts: int = 1) -> Ticket:
+        """A place for so many answers, of ``tokens`` at most; 429 or 503 with ``Retry-After`` otherwise. The first of a request's
+        ``prompts`` asks for all of them; the others say 0, and count as tokens only."""
         if self.draining:
             raise ApiError(503, "shutting_down", "the server is shutting down", headers=_after(5))
         slots = worker.llm.engine.scheduler.sequences
         owed = self._answers.get(id(worker), 0)
         behind = owed - slots
-        if owed and behind + answers > self.limits.queue:
+        if owed and prompts and behind + answers * prompts > self.limits.queue:
             expected = worker.expected_wait(max(1, behind))
             raise ApiError(
                 429, "queue_full",
                 f"{max(0, behind)} answers wait already and at most {self.limits.queue} may (limit queue); expect a place in about "
                 f"{max(1, math.ceil(expected))} s", headers=_after(expected),
             )  # fmt: skip
-        headers = self._check_key(key, tokens)
+        headers = self._check_key(key, tokens, min(prompts, 1))
         self._answers[id(worker)] = owed + answers
-        return Ticket(key, worker, answers, tokens, headers)
+        return Ticket(key, worker, answers, tokens, headers, min(prompts, 1))
 
     def leave(self, ticket: Ticket, used: int) -> None:
         """The request is over, and took ``used`` tokens: what it was charged beyond them is given back."""
@@ -93,7 +95,7 @@ class Admission:
         if not self._answers[id(ticket.worker)]:
             del self._answers[id(ticket.worker)]
         usage = self._usage[ticket.key.id]
-        usage.active -= 1
+        usage.active -= ticket.requests
         back = ticket.tokens - used
         usage.day_tokens = max(0, usage.day_tokens - back)
         if (bucket := usage.buckets.get("tokens_per_minute")) is not None:
@@ -104,11 +106,11 @@ class Admission:
         value: int | None = own[name] if own.get(name) is not None else getattr(self.limits, name)
         return value
 
-    def _check_key(self, key: Key, tokens: int) -> dict[str, str]:
+    def _check_key(self, key: Key, tokens: int, requests: int) -> dict[str, str]:
         usage = self._usage.setdefault(key.id, _Usage())
         now, today = time.monotonic(), int(time.time() // DAY)
         most = self._limit(key, "concurrent")
-        if most is not None and usage.active >= most:
+        if most is not None and requests and usage.active >= most:
             raise ApiError(
                 429, "too_many_at_once", f"this key has {usage.active} requests under way, the most it may (limit concurrent)",
                 headers=_after(1),
@@ -123,7 +125,7 @@ class Admission:
                 f"request may take {tokens:,}", headers={**_after(DAY - time.time() % DAY), "x-should-retry": "false"},
             )  # fmt: skip
         headers: dict[str, str] = {}
-        for name, amount in (("requests_per_minute", 1), ("tokens_per_minute", tokens)):
+        for name, amount in (("requests_per_minute", requests), ("tokens_per_minute", tokens)):
             limit = self._limit(key, name)
             if limit is None:
                 continue
@@ -136,14 +138,14 @@ class Admission:
                     429, "rate_limit_exceeded", f"this key may have {limit:,} {name.replace('_', ' ')} (limit {name})",
                     headers=_after(wait),
                 )  # fmt: skip
-        for name, amount in (("requests_per_minute", 1), ("tokens_per_minute", tokens)):
+        for name, amount in (("requests_per_minute", requests), ("tokens_per_minute", tokens)):
             if (bucket := usage.buckets.get(name)) is not None and self._limit(key, name) is not None:
                 bucket.level -= amount
                 what = name.split("_")[0]
                 headers[f"x-ratelimit-limit-{what}"] = str(bucket.limit)
                 headers[f"x-ratelimit-remaining-{what}"] = str(max(0, int(bucket.level)))
         usage.day_tokens += tokens
-        usage.active += 1
+        usage.active += requests
         return headers
 
 

@@ -51,10 +51,10 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
         raise ApiError(400, "invalid_value", "input: an empty text has no meaning to embed", "input")
     runs = Runs()
     try:
-        for text in inputs:
+        for number, text in enumerate(inputs):
             run = await begin_text(
                 service, key_of(request), model=body.model, prompt=text, params={"temperature": 0.0, "max_tokens": 1},
-                endpoint=ENDPOINT, ignored=ignored, pooling=body.pooling or "mean",
+                endpoint=ENDPOINT, ignored=ignored, pooling=body.pooling or "mean", prompts=0 if number else len(inputs),
             )  # fmt: skip
             runs.add(run)
             size = run.worker.llm.config.hidden_size

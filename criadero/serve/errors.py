@@ -27,7 +27,8 @@ class ApiError(Exception):
         self, status: int, code: str, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
     ) -> None:
         super().__init__(message)
-        self.status, self.code, self.message, self.param = status, code, public(message), param
+        self.status, self.code, self.message = status, code, public(message)
+        self.param = None if param is None else public(param)
         self.headers = dict(headers or {})
 
     def body(self, *, anthropic: bool = False, request_id: str = "") -> dict[str, Any]:

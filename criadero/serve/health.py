@@ -25,7 +25,10 @@ async def ready(request: Request) -> Response:
     service = service_of(request)
     if service.admission.draining:
         return JSONResponse({"status": "draining"}, 503, {"Retry-After": "5"})
-    if not service.pool.entries[service.pool.default].loaded and service.settings.idle_unload is None:
+    entry = service.pool.entries[service.pool.default]
+    if entry.body.problem:
+        return JSONResponse({"status": "failed", "problem": entry.body.problem}, 503)
+    if not entry.loaded and service.settings.idle_unload is None:
         return JSONResponse({"status": "loading"}, 503, {"Retry-After": "1"})
     return JSONResponse({"status": "ready"})
 

@@ -31,6 +31,7 @@ from criadero.serve.settings import Settings
 from criadero.serve.worker import Worker
 
 log = logging.getLogger("criadero.serve")
+_FROM = ("finetune_of", "quantised_from", "converted_from", "merged_from", "distilled_from")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -45,6 +46,7 @@ class Body:
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
     users: int = 0
     last_used: float = field(default_factory=time.monotonic)
+    problem: str = ""  # why it could not be loaded
     reserved: bool = False  # memory is kept for it: it is being loaded
     weights_sha256: str = ""
     runner: str = ""
@@ -79,12 +81,18 @@ class Entry:
 
     @property
     def made_of(self) -> str:
-        """In a few words, from its passport."""
+        """In a line, from its passport: what it is, what it was made from, how much it read, under which licence."""
         passport = read_passport(self.path) if self.path.is_dir() else None
         if passport is None:
             return "no passport: nothing says what it was made of"
-        licence = (passport.get("licence") or {}).get("declared") or "licence not declared"
-        return f"{passport.get('kind')} {str(passport.get('id'))[7:19]}, {licence}"
+        base = [str(one.get("name")) for one in passport.get("inputs") or () if one.get("relation") in _FROM]
+        tokens = (passport.get("step") or {}).get("tokens")
+        sources = (passport.get("data") or {}).get("by_source") or ()
+        parts = [str(passport.get("kind")) + (f" model made from {base[0]}" if base else " model")]
+        if isinstance(tokens, int) and not isinstance(tokens, bool):
+            parts.append(f"trained on {tokens:,} tokens" + (f" of {len(sources)} sources" if sources else ""))
+        parts.append(str((passport.get("licence") or {}).get("declared") or "licence not declared"))
+        return ", ".join(parts)
 
 
 class Pool:
@@ -97,9 +105,7 @@ class Pool:
         self.entries: dict[str, Entry] = {}
         self._bodies: dict[Path, Body] = {}
         self._room = asyncio.Lock()
-        for ref in settings.models:
-            self.add(ref)
-        self.default = next(iter(self.entries))
+        self.default, *_ = [self.add(ref).name for ref in settings.models]
         self._scan()
 
     # --- names ---
@@ -121,11 +127,8 @@ class Pool:
                 return known
             raise UserError(f"{ref} and {known.path} would both be served as {name!r}: rename one of the folders")
         if path.is_dir() and (path / ADAPTER).is_file():
-            base = adapter_base(path)
-            entry = Entry(name, path, self._body(base, str(ref)), adapter=True, base=_name_of(base))
-            self.entries.setdefault(entry.base or "", Entry(entry.base or "", base, entry.body))
-            self._describe(self.entries[entry.base or ""])
-            entry.end_ids = _end_ids(path)
+            base = self.add(str(adapter_base(path)))
+            entry = Entry(name, path, base.body, adapter=True, base=base.name, end_ids=_end_ids(path))
         else:
             entry = Entry(name, path, self._body(path, str(ref)))
         self._describe(entry)
@@ -228,6 +231,7 @@ class Pool:
                 return worker
         except UserError as error:
             self.release(entry)
+            body.problem = public(str(error))
             log.warning("%s cannot be loaded: %s", entry.name, error)
             raise ApiError(503, "model_not_loadable", f"{entry.name}: {public(str(error))}", "model") from None
         except BaseException:
@@ -242,11 +246,13 @@ class Pool:
     def _load(self, body: Body, name: str) -> None:
         began = time.monotonic()
         settings = self.settings
+        if self._require is not None:  # once more: it may be long since it was looked at
+            self._require(str(body.path))
         options: dict[str, Any] = {"runner": settings.runner, "threads": settings.threads}
         llm = LLM(body.path, sequences=settings.sequences, chunk=settings.chunk, **options)
         body.weights_sha256 = weights_sha256(body.path)
         body.runner = llm.runner.name
-        body.worker = Worker(llm, name)
+        body.worker, body.problem = Worker(llm, name), ""
         body.last_used = time.monotonic()
         log.info("%s is loaded (%s, %.1f s)", name, llm.runner.name, time.monotonic() - began)
 
@@ -283,7 +289,7 @@ class Pool:
             return
         while True:
             await asyncio.sleep(max(0.05, min(seconds / 4, 30.0)))
-            for body in self._bodies.values():
+            for body in list(self._bodies.values()):
                 if body.worker is not None and body.users == 0 and time.monotonic() - body.last_used > seconds:
                     async with body.loading:
                         if body.users == 0:
@@ -304,7 +310,7 @@ class Pool:
 
     async def close(self) -> None:
         """Unload everything."""
-        for body in self._bodies.values():
+        for body in list(self._bodies.values()):
             await self._unload(body)
 
     def build(self, entry: Entry) -> dict[str, str]:

@@ -54,10 +54,11 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     params = _params(body, service.settings.limits, len(prompts))
     runs = Runs()
     try:
-        for prompt in prompts:
+        for number, prompt in enumerate(prompts):
             runs.add(
                 await begin_text(
-                    service, key_of(request), model=body.model, prompt=prompt, params=params, endpoint=ENDPOINT, ignored=ignored
+                    service, key_of(request), model=body.model, prompt=prompt, params=params, endpoint=ENDPOINT, ignored=ignored,
+                    prompts=0 if number else len(prompts),
                 )
             )  # fmt: skip
         answer = _Answer(runs, body, prompts)

@@ -7,6 +7,7 @@ has no effect, and is named in ``criadero.ignored`` and in the header ``X-Criade
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -66,7 +67,7 @@ def rows(body: type[Body]) -> list[tuple[str, str, str]]:
         status = "refused" if "refused" in extra else "reported" if "reported" in extra else "honoured"
         about = extra.get("refused") or extra.get("reported") or info.description or ""
         if extra.get("neutral"):
-            about += "; taken when it is " + " or ".join(map(repr, extra["neutral"]))
+            about += "; taken when it is " + " or ".join(map(json.dumps, extra["neutral"]))
         found.append((info.alias or name, status, about + _bounds(info)))
     return found
 

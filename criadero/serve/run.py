@@ -108,6 +108,7 @@ class Run:
     policy: Policy = "error"
     dropped: tuple[int, ...] = ()
     ignored: tuple[str, ...] = ()
+    prompts: int = 1  # of its request, if it is the first of them; 0: another
     keep: bool = False  # the receipt holds the ids of prompt and answer
     result: Result = field(init=False)
     done: bool = False
@@ -138,7 +139,9 @@ class Run:
         context = self.worker.llm.context
         answers = 1 if self.request.pooling else params.n
         most = prompt + (0 if self.request.pooling else answers * min(params.max_tokens, max(1, context - prompt)))
-        self._ticket = self.service.admission.enter(self.key, self.worker, answers=answers, tokens=most)
+        self._ticket = self.service.admission.enter(
+            self.key, self.worker, answers=answers, tokens=most, prompts=self.prompts
+        )
         try:
             await asyncio.to_thread(self._submit)
         except UserError as error:
@@ -251,7 +254,8 @@ class Run:
         """For its response."""
         found = dict(self._ticket.headers) if self._ticket else {}
         if self.ignored:
-            found["X-Criadero-Ignored"] = ", ".join(self.ignored)
+            shown = self.ignored[:20]  # clients bound a header's length; the block has all
+            found["X-Criadero-Ignored"] = ", ".join(shown) + (", ..." if len(shown) < len(self.ignored) else "")
         return found
 
     @property
@@ -356,8 +360,10 @@ async def begin_chat(
 async def begin_text(
     service: Service, key: Key, *, model: str, prompt: str | Sequence[int], params: Mapping[str, Any], endpoint: str,
     ignored: Sequence[str] = (), pooling: Literal["mean", "last"] | None = None, keep: bool = False,
+    prompts: int = 1,
 ) -> Run:  # fmt: skip
-    """Go on from a text or from token ids; with ``pooling`` make a vector of it."""
+    """Go on from a text or from token ids; with ``pooling`` make a vector of it. Of a request's several prompts the first says how many
+    they are, the others 0."""
 
     def make(worker: Worker, entry: Entry) -> tuple[Request, tuple[int, ...]]:
         llm = worker.llm
@@ -365,18 +371,18 @@ async def begin_text(
         request = _request(entry, llm.ids(prompt), sampling, key)
         return dataclasses.replace(request, continues=True, pooling=pooling), ()
 
-    return await _begin(service, key, model, make, endpoint, "error", ignored, keep)
+    return await _begin(service, key, model, make, endpoint, "error", ignored, keep, prompts)
 
 
 async def _begin(
     service: Service, key: Key, model: str, make: Callable[[Worker, Entry], tuple[Request, tuple[int, ...]]], endpoint: str,
-    policy: Policy, ignored: Sequence[str], keep: bool,
+    policy: Policy, ignored: Sequence[str], keep: bool, prompts: int = 1,
 ) -> Run:  # fmt: skip
     entry = service.pool.find(model)
     worker = await service.pool.acquire(entry)
     try:
         request, dropped = await asyncio.to_thread(make, worker, entry)
-        run = Run(service, key, entry, worker, request, endpoint, policy, dropped, tuple(ignored), keep)
+        run = Run(service, key, entry, worker, request, endpoint, policy, dropped, tuple(ignored), prompts, keep)
     except UserError as error:
         service.pool.release(entry)
         raise of_user_error(error) from None
