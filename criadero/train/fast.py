@@ -190,13 +190,16 @@ class _Adapted(torch.autograd.Function):
 
     ``before`` says what stands in front of them: "norm", RMSNorm by the frozen ``norm``; "swiglu"; or nothing. It is computed again on
     the way back rather than kept. ``adapters`` are A and B of the layers that have one. No gradient is formed for a frozen weight.
+
+    x is handed on as a second result: whoever adds to it later sends its gradient through here, where one pass joins it to that of
+    the norm. A sum by autograd would wake PyTorch's threads, which then spin for a while on the cores that ours need.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, at: Setting, before: str, norm: Tensor | None, layers: Sequence[Frozen],
         *adapters: Tensor,
-    ) -> Tensor:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         read, r = _read(at, before, x, norm)
         down, up = adapters[::2], adapters[1::2]
         stacked = torch.cat(down) if down else read.new_empty(0, read.shape[1])  # [R, in]: the ranks one after another
@@ -208,14 +211,14 @@ class _Adapted(torch.autograd.Function):
             whole = len(layers) == 1
             at.product(read, layer.weight(), part, b_across=True, residual=residual if whole else None)
             if layer.rank:
-                at.product(
-                    low[:, rank : rank + layer.rank], up[number] * layer.scale, part, b_across=True, residual=part
-                )
+                part_low, scaled = low[:, rank : rank + layer.rank], _scaled(up[number], layer.scale)
+                at.product(part_low, scaled, part, b_across=True, residual=part)
                 rank, number = rank + layer.rank, number + 1
             column += layer.width
         ctx.at, ctx.before, ctx.layers, ctx.residual = at, before, layers, residual is not None
         ctx.save_for_backward(x, norm, r, low, stacked, *up)
-        return y
+        ctx.set_materialize_grads(False)
+        return y, x.view_as(x)
 
     @staticmethod
     @once_differentiable
@@ -223,6 +226,7 @@ class _Adapted(torch.autograd.Function):
         x, norm, r, low, stacked, *up = ctx.saved_tensors
         at: Setting = ctx.at
         grad = grads[0].contiguous()
+        d_handed: Tensor | None = grads[1]
         d_low, d_read = torch.empty_like(low), grad.new_empty(len(x), stacked.shape[1])
         d_up: list[Tensor] = []
         rank, column = 0, 0
@@ -231,19 +235,22 @@ class _Adapted(torch.autograd.Function):
             at.product(part, layer.weight(), d_read, residual=d_read if i else None)
             if layer.rank:
                 ranks = slice(rank, rank + layer.rank)
-                at.product(part, up[len(d_up)] * layer.scale, d_low[:, ranks])
-                d_up.append(at.product(part, low[:, ranks], a_across=True) * layer.scale)
+                at.product(part, _scaled(up[len(d_up)], layer.scale), d_low[:, ranks])
+                d_up.append(_scaled(at.product(part, low[:, ranks], a_across=True), layer.scale))
                 rank += layer.rank
             column += layer.width
         if rank:
             at.product(d_low, stacked, d_read, residual=d_read)
         dx, read = d_read, x
         if ctx.before == "norm":
-            dx, _ = at.norm_backward(d_read, x, norm, r, None)
+            dx, _ = at.norm_backward(d_read, x, norm, r, None if d_handed is None else d_handed.contiguous())
             read, _ = at.norm(x, norm)
+            d_handed = None
         elif ctx.before == "swiglu":
             dx, read = torch.empty_like(x), torch.empty_like(d_read)
             at.kernels.swiglu_backward(d_read, x, dx, read, at.threads)
+        if d_handed is not None:
+            dx = dx + d_handed
         d_stacked = at.product(d_low, read, a_across=True) if rank else stacked
         d_down = d_stacked.split([layer.rank for layer in ctx.layers if layer.rank]) if rank else ()
         pairs = [t for pair in zip(d_down, d_up, strict=True) for t in pair]
@@ -263,6 +270,14 @@ class Frozen:
         return base_weight(self.base)  # [width, in]
 
 
+def _scaled(x: Tensor, scale: float) -> Tensor:
+    """``x * scale``, in pieces so small that PyTorch leaves its other threads asleep (see `_Adapted`)."""
+    out, rows = torch.empty_like(x), max(1, 16384 // max(1, x.shape[1]))
+    for start in range(0, len(x), rows):
+        torch.mul(x[start : start + rows], scale, out=out[start : start + rows])
+    return out
+
+
 def _read(at: Setting, before: str, x: Tensor, norm: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """What the linear layers read, and the norm's factors."""
     if before == "norm":
@@ -277,8 +292,8 @@ def _read(at: Setting, before: str, x: Tensor, norm: Tensor | None) -> tuple[Ten
 
 def _through(
     x: Tensor, residual: Tensor | None, at: Setting, before: str, norm: nn.Module | None, layers: Sequence[nn.Module]
-) -> Tensor:
-    """Linear layers of any kind that read the same rows, side by side; what `_Adapted` does not take calls the modules."""
+) -> tuple[Tensor, Tensor]:
+    """Linear layers of any kind that read the same rows, side by side, and x; what `_Adapted` does not take calls the modules."""
     frozen, adapters = [], []
     for layer in layers:
         if isinstance(layer, LoraLinear) and layer.magnitude is None and not (layer.dropout and layer.training):
@@ -292,13 +307,14 @@ def _through(
     if len(frozen) == len(layers) and not (scale is not None and scale.requires_grad):
         wide = None if scale is None else scale.detach().to(_wide(x.dtype))
         return _Adapted.apply(x, residual, at, before, wide, frozen, *adapters)
+    read = x
     if before == "norm":
-        x = _Norm.apply(x, at, scale)
+        read = _Norm.apply(x, at, scale)
     elif before == "swiglu":
         gate, up = x.chunk(2, dim=-1)
-        x = F.silu(gate) * up
-    y = torch.cat([layer(x) for layer in layers], dim=-1)
-    return y if residual is None else residual + y
+        read = F.silu(gate) * up
+    y = torch.cat([layer(read) for layer in layers], dim=-1)
+    return (y if residual is None else residual + y), x
 
 
 class _Attend(torch.autograd.Function):
@@ -331,10 +347,10 @@ def _block(x: Tensor, at: Setting, block: Block) -> Tensor:
         q, k, v, o, gate, up, down = (layer.weight for layer in layers)
         norm1, norm2 = block.input_layernorm.weight, block.post_attention_layernorm.weight
         return _Block.apply(x, at, norm1, q, k, v, o, norm2, gate, up, down)
-    attended = _Attend.apply(_through(x, None, at, "norm", block.input_layernorm, into), at)
-    x = _through(attended, x, at, "", None, [attention.o_proj])
-    both = _through(x, None, at, "norm", block.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj])
-    return _through(both, x, at, "swiglu", None, [mlp.down_proj])
+    qkv, x = _through(x, None, at, "norm", block.input_layernorm, into)
+    x, _ = _through(_Attend.apply(qkv, at), x, at, "", None, [attention.o_proj])
+    gate_up, x = _through(x, None, at, "norm", block.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj])
+    return _through(gate_up, x, at, "swiglu", None, [mlp.down_proj])[0]
 
 
 class _Norm(torch.autograd.Function):
