@@ -1,0 +1,250 @@
+"""LoRA tuning: ours beside TRL and PEFT, in one run, interleaved.
+
+    tools/peers.sh tune
+    python benchmarks/tune.py --peer trl [--shape 135m|1b] [--examples 48] [--rounds 1] [--peer-python .peers/bin/python] [--json]
+
+All tune the same random bf16 weights (of SmolLM2-135M's or TinyLlama-1.1B's shape) with adapters of rank 16 on every linear layer, on
+the same examples once through, in the same order but for what each setting does to it: lengths as Alpaca's (log-normal, median 90 tokens,
+at most 512), about 55 % of the tokens supervised. Counted are real tokens (no padding) a second, the first step left out, and the most
+memory that the process used. Ours packs whole examples into rows of at most 1024 tokens, one optimizer step a row, which is about the
+eight examples of TRL's steps. "tuned" is TRL with the allocator set as ours sets it for itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+SHAPES = {
+    "135m": {
+        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "max_position_embeddings": 2048, "tie_word_embeddings": True,
+    },
+    "1b": {
+        "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "max_position_embeddings": 2048, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+KEEP = "glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456"
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ROW = 1024
+PEERS: dict[str, dict[str, Any]] = {
+    "TRL, its defaults": {"gradient_checkpointing": True, "max_length": 512},
+    "TRL, padding-free, no checkpointing, tuned": {"gradient_checkpointing": False, "padding_free": True, "max_length": None},
+    "TRL, grouped by length, no checkpointing, tuned": {
+        "gradient_checkpointing": False, "max_length": 512, "train_sampling_strategy": "group_by_length",
+    },
+}  # fmt: skip
+
+
+def examples(count: int, vocab: int) -> list[tuple[list[int], int]]:
+    """(token ids, how many of them are the question), the same for all sides."""
+    import numpy as np
+
+    draw = np.random.default_rng(0)
+    lengths = np.clip(np.round(np.exp(draw.normal(np.log(90), 0.6335, count))), 16, 512).astype(int)
+    shares = np.clip(draw.normal(0.45, 0.12, count), 0.1, 0.9)
+    return [(draw.integers(3, vocab, n).tolist(), round(n * share)) for n, share in zip(lengths, shares, strict=True)]
+
+
+def result(tokens: list[int], seconds: list[float], losses: list[float]) -> dict[str, Any]:
+    """Of everything after the first step."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return {
+        "tokens_per_second": sum(tokens[1:]) / sum(seconds[1:]),
+        "peak_gb": peak,
+        "seconds": seconds,
+        "first_loss": losses[0],
+    }
+
+
+def ours(folder: Path, shape: dict, count: int) -> dict[str, Any]:
+    """Our loop's parts: batch, loss, backward, AdamW."""
+    import torch
+
+    from criadero import lora
+    from criadero.chat import Example
+    from criadero.checkpoints import load_model
+    from criadero.train.batches import rows_to_batch
+    from criadero.train.hardware import keep_memory
+    from criadero.train.loss import next_token_loss
+    from criadero.train.optim import Optimizer
+
+    keep_memory()
+    model = load_model(folder, dtype=torch.bfloat16)
+    parameters = lora.attach(model, rank=16, alpha=32.0)
+    optimizer = Optimizer(parameters, method="adamw", weight_decay=0.0, betas=(0.9, 0.999))
+    rows: list[list[Example]] = [[]]
+    for ids, question in examples(count, shape["vocab_size"]):
+        if sum(len(example.ids) for example in rows[-1]) + len(ids) > ROW:
+            rows.append([])
+        rows[-1].append(Example(ids, [False] * question + [True] * (len(ids) - question)))
+    tokens, seconds, losses = [], [], []
+    for row in rows:
+        began = time.perf_counter()
+        batch = rows_to_batch([row], ROW, 0, torch.bfloat16)
+        loss, supervised, _ = next_token_loss(model, batch)
+        loss.backward()
+        optimizer.collect()
+        optimizer.step(1e-4, divide_by=supervised, clip=1.0)
+        seconds.append(time.perf_counter() - began)
+        tokens.append(batch.tokens)
+        losses.append(float(loss.detach()) / supervised)
+    return result(tokens, seconds, losses)
+
+
+def trl(folder: Path, shape: dict, count: int, setting: dict[str, Any]) -> dict[str, Any]:
+    """TRL's SFTTrainer with PEFT's LoRA, micro-batches of four, two a step."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    words = Tokenizer(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, use_cache=False)
+    rows = [
+        {"input_ids": ids, "labels": [-100] * question + ids[question:]}
+        for ids, question in examples(count, shape["vocab_size"])
+    ]
+    seconds: list[float] = []
+    counts: list[int] = []
+    losses: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args: Any, **more: Any) -> None:
+            self.began = time.perf_counter()
+            counts.append(0)
+
+        def on_step_end(self, *args: Any, **more: Any) -> None:
+            seconds.append(time.perf_counter() - self.began)
+
+    class Counting(SFTTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **more: Any) -> Any:
+            mask = inputs.get("attention_mask")
+            counts[-1] += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+            found = super().compute_loss(model, inputs, *args, **more)
+            losses.append(float((found[0] if isinstance(found, tuple) else found).detach()))
+            return found
+
+        def _get_train_sampler(self, *args: Any, **more: Any) -> Any:
+            if "train_sampling_strategy" in setting:
+                return super()._get_train_sampler(*args, **more)
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    with tempfile.TemporaryDirectory() as out:
+        config = SFTConfig(
+            output_dir=out, per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=1, bf16=True,
+            use_cpu=True, report_to=[], save_strategy="no", learning_rate=1e-4, logging_steps=1000, disable_tqdm=True,
+            dataloader_pin_memory=False, **setting,
+        )  # fmt: skip
+        adapter = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM")
+        data = Dataset.from_list(rows)
+        trainer = Counting(
+            model=model,
+            args=config,
+            train_dataset=data,
+            processing_class=tokenizer,
+            peft_config=adapter,
+            callbacks=[Clock()],
+        )
+        trainer.train()
+    return result(counts, seconds, losses)
+
+
+def make_weights(folder: Path, shape: dict) -> None:
+    """Random bf16 weights as a Hugging Face folder."""
+    import torch
+
+    from criadero.checkpoints import save_hf
+    from criadero.config import ModelConfig
+    from criadero.model import Llama
+
+    with torch.device("meta"):
+        model = Llama(ModelConfig(**shape))
+    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    if shape["tie_word_embeddings"]:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1.0) if p.ndim == 1 else p.normal_(0, 0.02)
+    save_hf(model, model.config, folder)
+
+
+def main() -> None:
+    """Interleave the sides and print real tokens a second, peak memory and ratios."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--peer", choices=["trl", "none"], default="trl")
+    parser.add_argument("--peer-python", default=".peers/bin/python")
+    parser.add_argument("--only", default="", help="measure only the settings whose name holds this text, and ours")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="135m")
+    parser.add_argument("--examples", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--weights", type=Path, help="a folder with the weights; made when there is none")
+    arguments = parser.parse_args()
+    shape = SHAPES[arguments.shape]
+    if arguments.side:
+        if arguments.side == "Criadero":
+            done = ours(arguments.weights, shape, arguments.examples)
+        else:
+            done = trl(arguments.weights, shape, arguments.examples, PEERS[arguments.side])
+        print(json.dumps(done))
+        return
+    sides = ["Criadero", *(name for name in PEERS if arguments.peer == "trl" and arguments.only in name)]
+    with tempfile.TemporaryDirectory() as scratch:
+        weights = arguments.weights or Path(scratch) / "weights"
+        if not weights.exists():
+            weights.mkdir(parents=True)
+            make_weights(weights, shape)
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+        for _ in range(arguments.rounds):
+            for name in sides:
+                python = sys.executable if name == "Criadero" else arguments.peer_python
+                env = dict(os.environ) | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+                if "tuned" in name:
+                    env["GLIBC_TUNABLES"] = KEEP
+                command = [
+                    python,
+                    "-P",
+                    __file__,
+                    "--side",
+                    name,
+                    "--shape",
+                    arguments.shape,
+                    "--weights",
+                    str(weights),
+                ]
+                command += ["--examples", str(arguments.examples)]
+                run = subprocess.run(command, env=env, capture_output=True, text=True)
+                if run.returncode:
+                    sys.exit(f"{name}: {run.stderr.strip()[-2000:]}")
+                found[name].append(json.loads(run.stdout.strip().splitlines()[-1]))
+    if arguments.json:
+        print(json.dumps({"shape": arguments.shape, "examples": arguments.examples, "sides": found}))
+        return
+    speed = {name: statistics.median(one["tokens_per_second"] for one in runs) for name, runs in found.items()}
+    print("| | real tokens/s | peak GB | loss of the first batch | Criadero is |\n|---|---|---|---|---|")
+    for name, runs in found.items():
+        peak, loss = max(one["peak_gb"] for one in runs), runs[0]["first_loss"]
+        print(f"| {name} | {speed[name]:,.0f} | {peak:.1f} | {loss:.3f} | {speed['Criadero'] / speed[name]:.2f}x |")
+
+
+if __name__ == "__main__":
+    main()
