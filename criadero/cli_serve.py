@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import threading
+import time
 import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from criadero.serve.settings import Settings
 
 KEY = "CRIADERO_API_KEY"  # environment: one key, beside those in the database
+RECEIPTS = 90 * 86_400  # seconds that receipts without text are kept
 
 
 def serve(
@@ -114,6 +116,7 @@ def run(settings: Settings, *, open_page: bool) -> None:
     with contextlib.closing(socket):
         pool = make_pool(settings)
         with contextlib.closing(open_store(settings.database)) as store:
+            store.forget_receipts(time.time() - RECEIPTS)
             if key_required(settings) and not settings.key_hashes and not store.has_keys():
                 what = (
                     "--require-key asks for keys"

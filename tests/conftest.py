@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -24,3 +25,14 @@ def shared() -> Path:
             pytest.fail(f"CI must not run without the public test data: {SHARED} is missing")
         pytest.skip(f"the public test data is not here: {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[str]:
+    """The URL of a real PostgreSQL, where its programs are installed."""
+    import postgres
+
+    if postgres.programs() is None:
+        pytest.skip("PostgreSQL (initdb, postgres) is not installed")
+    with postgres.server() as url:
+        yield url

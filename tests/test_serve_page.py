@@ -12,11 +12,12 @@ import httpx
 import pytest
 import serving
 import tiny
+from test_serve_store import empty
 
 from criadero.engine.llm import LLM
 from criadero.serve.keys import hash_key, new_key
 from criadero.serve.settings import Settings
-from criadero.serve.store import Store, open_store
+from criadero.serve.store import Store, StoreError, open_store
 
 
 @pytest.fixture(scope="module")
@@ -419,3 +420,71 @@ def test_odd_letters_survive(ana: httpx.Client) -> None:
     assert found["messages"][0]["content"] == text
     assert found["title"] == "t"
     assert answer(ana, chat, question, params=SHORT)[-1][0] == "done"
+
+
+# --- the database's troubles ---
+
+
+def test_an_answer_that_cannot_be_kept_is_told(ana: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat, question = asked(ana)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise StoreError("database_full", "the disk that the database lies on is full")
+
+    monkeypatch.setattr(Store, "add_message", full)
+    *rest, (end, error) = answer(ana, chat, question, params=SHORT)
+    assert (end, error["code"]) == ("error", "database_full")
+    assert any(name == "delta" for name, _ in rest)
+    monkeypatch.undo()
+    assert answer(ana, chat, question, params=SHORT)[-1][0] == "done"
+
+
+def test_of_a_chat_that_is_deleted_meanwhile_nothing_is_left(ana: httpx.Client, store: Store) -> None:
+    chat, question = asked(ana, "Remolacha-2204")
+    with ana.stream("POST", f"/api/chats/{chat}/answer", json={"parent": question, "params": SHORT}) as response:
+        told = serving.streamed(response)
+        assert next(told)[0] == "start"
+        ana.delete(f"/api/chats/{chat}")
+        end, data = list(told)[-1]
+    if end == "error":  # the answer was not faster
+        assert data["code"] == "chat_not_found"
+    found = ana.get("/api/export").json()
+    assert chat not in str(found)
+    used = {one["receipt"] for one in found["messages"]} | {
+        one[f"{side}_answer"]["receipt_id"] for one in found["comparisons"] for side in ("left", "right") if one[f"{side}_answer"]
+    }  # fmt: skip
+    assert {one["id"] for one in found["receipts"]} <= used
+
+
+def test_a_busy_database_is_a_503_with_when_to_come_back(ana: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(*_: Any, **__: Any) -> None:
+        raise StoreError("database_busy", "the database is busy with others; try again")
+
+    monkeypatch.setattr(Store, "chats", busy)
+    response = ana.get("/api/chats")
+    refused(response, 503, "database_busy")
+    assert response.headers["retry-after"] == "5"
+    monkeypatch.setattr(Store, "key_by_hash", busy)  # before it is known who asks
+    refused(ana.get("/api/me"), 503, "database_busy")
+
+
+def test_it_is_the_same_over_postgresql(folder: Path, cluster: str) -> None:
+    empty(cluster)
+    store = open_store(cluster)
+    with (
+        serving.serving(Settings(models=(str(folder / "llama"),)), store=store) as live,
+        httpx.Client(base_url=live.url, timeout=30) as client,
+    ):
+        chat, question = asked(client, "¿a\0b?")
+        message = answer(client, chat, question, params=SHORT, probabilities=True)[-1][1]["message"]
+        client.put(f"/api/messages/{message['id']}/feedback", json={"rating": 1})
+        found = client.get(f"/api/chats/{chat}").json()
+        assert found["messages"][0]["content"] == "¿a\0b?"
+        assert found["messages"][1] == message | {"feedback": {"rating": 1, "better": None}}
+        assert len(client.get("/api/chats", params={"query": "¿A"}).json()["chats"]) == 1
+        body = {"model": "llama", "input": "Why?", "max_output_tokens": 4}
+        response = client.post("/v1/responses", json=body).json()
+        assert client.get(f"/v1/responses/{response['id']}").json() == response
+        assert client.post("/api/delete-everything", json={"confirm": "delete everything"}).json()["erased"] is True
+        assert client.get(f"/v1/responses/{response['id']}").status_code == 404
+    store.close()

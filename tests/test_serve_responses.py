@@ -313,6 +313,7 @@ def test_a_database_that_is_full_costs_the_answer_nothing(
         ),
         ({"input": "palabra " * 3000, "truncation": "disabled"}, "context_length_exceeded", "messages"),
         ({"input": "x", "previous_response_id": "resp_0"}, "previous_response_not_found", "previous_response_id"),
+        ({"input": "x", "previous_response_id": "../\0"}, "previous_response_not_found", "previous_response_id"),
         ({"input": "x", "model": "gpt-4o"}, "model_not_found", "model"),
     ],
 )  # fmt: skip

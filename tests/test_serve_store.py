@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import postgres
 import pytest
 import sqlalchemy as sa
 
@@ -21,14 +20,6 @@ from criadero.serve import tables
 from criadero.serve.store import Store, StoreError, open_store
 
 SECRET = "Zanahoria-7731"
-
-
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[str]:
-    if postgres.programs() is None:
-        pytest.skip("PostgreSQL (initdb, postgres) is not installed")
-    with postgres.server() as url:
-        yield url
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -213,6 +204,7 @@ def test_every_method_sees_only_its_owners_rows(store: Store) -> None:
         "votes": lambda: store.votes("eva"),
         "add_receipt": None,  # its id is unique: see below
         "receipt": lambda: store.receipt("eva", mine["receipt"]),
+        "delete_receipt": lambda: store.delete_receipt("eva", mine["receipt"]),
         "tokens_since": lambda: store.tokens_since("eva", 0) - 12,  # her own
         "add_response": None,
         "response": lambda: store.response("eva", mine["response"]),

@@ -59,6 +59,7 @@ def test_a_trace_is_that_of_the_library(live: serving.Live, root: Path) -> None:
     assert found["spans"]
     assert {name: found[name] for name in expected} == httpx.Response(200, json=expected).json()
     assert (found["model"], found["index"]) == ("served", "index")
+    assert found["learned_from"]["not_in_the_index"] == 0
     assert found["caution"][0] == "verbatim overlap, not proof of cause"
     assert str(root) not in str(found)
     assert ask(live, {"text": text, "min_tokens": 1000}).json()["spans"] == []
@@ -98,3 +99,4 @@ def test_what_is_wrong_is_said(live: serving.Live, root: Path, body: Any, status
     error = response.json()["error"]
     assert (response.status_code, error["code"], error["param"]) == (status, code, param)
     assert str(root) not in error["message"]
+    assert "--index" not in error["message"]

@@ -39,6 +39,7 @@ from criadero.serve.models import Pool
 from criadero.serve.params import of_validation
 from criadero.serve.run import Service, Store
 from criadero.serve.settings import Settings
+from criadero.serve.storing import kept
 
 log = logging.getLogger("criadero.serve")
 LOCAL = Key("local", "local")
@@ -243,7 +244,7 @@ class Gate:
         sent = sent_key(headers)
         if sent is not None and len(sent) <= 512:
             if service.store is not None:
-                found = await asyncio.to_thread(find_key, sent, service.settings.key_hashes, service.store)
+                found = await kept(find_key, sent, service.settings.key_hashes, service.store)
             else:
                 found = find_key(sent, service.settings.key_hashes, None)
             if found is not None:

@@ -7,6 +7,7 @@ An answer is computed and kept by a task of its own, so that what was there when
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -169,6 +170,13 @@ async def _question(store: Store, owner: str, chat_id: str, parent: str) -> tupl
     return chat, path
 
 
+async def _forget(store: Store, owner: str, message: dict[str, Any]) -> None:
+    """The receipt of an answer that is not kept goes too: it holds its text."""
+    if message["receipt_id"] is not None:
+        with contextlib.suppress(ApiError):  # what is wrong with the database is told already
+            await kept(store.delete_receipt, owner, message["receipt_id"])
+
+
 def _start(work: Coroutine[Any, Any, None]) -> None:
     task = asyncio.create_task(work)
     _tasks.add(task)
@@ -209,7 +217,13 @@ async def answer(id: str, body: AnswerRequest, request: Request) -> Response:
     )  # fmt: skip
 
     async def compute() -> None:
-        added = await kept(store.add_message, owner, id, await going.compute())
+        message = await going.compute()
+        added = None
+        try:
+            added = await kept(store.add_message, owner, id, message)
+        finally:
+            if added is None:
+                await _forget(store, owner, message)
         if added is None:
             raise ApiError(404, "chat_not_found", "the chat was deleted meanwhile")
         _tell(out, None, "done", message=added)
@@ -272,8 +286,10 @@ async def stream_comparison(id: str, body: Empty, request: Request) -> Response:
             if left:
                 begun[side].run.gone()
         message = await begun[side].compute()
-        if message["finish_reason"] != "cancelled":  # cut off, it is computed again when it is asked for again
-            await kept(store.set_answer, owner, id, side, message)
+        # one that was cut off is computed again when it is asked for again
+        done = message["finish_reason"] != "cancelled" and await kept(store.set_answer, owner, id, side, message)
+        if not done:
+            await _forget(store, owner, message)
         _tell(out, side, "done", message=blinded(message))
 
     todo = [side for side in SIDES if found[f"{side}_answer"] is None]

@@ -23,7 +23,7 @@ from criadero.serve.response_items import AnswerItems, Item, items_of, messages_
 from criadero.serve.run import Run, begin_chat
 from criadero.serve.settings import Limits
 from criadero.serve.store import Store
-from criadero.serve.storing import checked_id, kept, store_of
+from criadero.serve.storing import checked_id, is_id, kept, store_of
 
 router = APIRouter()
 ENDPOINT = "/v1/responses"
@@ -230,9 +230,9 @@ async def _before(id: str, request: Request) -> list[dict[str, Any]]:
     """The items of a response and of all before it."""
     store, owner = store_of(request), request.state.owner
     found: list[list[dict[str, Any]]] = []
-    at: str | None = checked_id(id, "response")
+    at: str | None = id
     while at is not None:
-        row = await kept(store.response, owner, at)
+        row = await kept(store.response, owner, at) if is_id(at) else None
         if row is None or len(found) >= CHAIN:
             why = (
                 f"there is no response {at!r} to go on from"

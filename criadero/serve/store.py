@@ -440,6 +440,12 @@ class Store:
             row = _own(connection, receipts, owner, id)
         return _without_paths(row.body) if row else None
 
+    def delete_receipt(self, owner: str, id: str) -> bool:
+        """Delete a receipt, as of an answer that could not be kept."""
+        with self._write() as connection:
+            done = connection.execute(receipts.delete().where(receipts.c.owner == owner, receipts.c.id == id))
+        return done.rowcount > 0
+
     def any_receipt(self, id: str) -> dict[str, Any] | None:
         """A receipt of whomever, with its paths: for the command line."""
         with self._read() as connection:

@@ -34,9 +34,14 @@ async def kept(call: Callable[P, T], *args: P.args, **more: P.kwargs) -> T:
         raise ApiError(503, error.code, str(error), headers=again) from None
 
 
+def is_id(text: str) -> bool:
+    """Whether it can be an id at all."""
+    return _ID.fullmatch(text) is not None
+
+
 def checked_id(text: str, what: str) -> str:
     """An id from an address, or 404 when it cannot be one."""
-    if not _ID.fullmatch(text):
+    if not is_id(text):
         raise missing(what)
     return text
 

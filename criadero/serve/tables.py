@@ -52,19 +52,19 @@ def folded(text: str) -> str:
 metadata = sa.MetaData()
 
 
-def _table(name: str, *columns: Any, **more: Any) -> sa.Table:
-    """A table whose rows have a number (in the order they came), an id that tells nothing, and an owner."""
+def _table(name: str, *columns: Any, by: str = "created") -> sa.Table:
+    """A table whose rows have a number (in the order they came), an id that tells nothing, and an owner, who asks ``by`` a column."""
     number = sa.BigInteger().with_variant(sa.Integer, "sqlite")
     return sa.Table(
         name,
         metadata,
         sa.Column("number", number, primary_key=True),
         sa.Column("id", sa.Text, nullable=False, unique=True),
-        sa.Column("owner", sa.Text, nullable=False, index=True),
+        sa.Column("owner", sa.Text, nullable=False),
         *columns,
         sa.Column("created", sa.BigInteger, nullable=False),
+        sa.Index(f"{name}_of_owner", "owner", by),
         sqlite_autoincrement=True,  # a number is never given twice
-        **more,
     )
 
 
@@ -98,7 +98,8 @@ chats = _table(
     sa.Column("model", Json),
     sa.Column("system", Json),
     sa.Column("params", Json, nullable=False),
-    sa.Column("updated", sa.BigInteger, nullable=False, index=True),
+    sa.Column("updated", sa.BigInteger, nullable=False),
+    by="updated",
 )
 
 messages = _table(
@@ -117,6 +118,7 @@ messages = _table(
     sa.Column("criadero", Json),
     sa.Column("receipt", sa.Text),
     sa.Column("tokens", Json),
+    by="chat",
 )
 
 feedback = _table(

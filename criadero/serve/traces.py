@@ -11,16 +11,18 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
 
+from criadero.artifact import open_artifact
 from criadero.errors import UserError
 from criadero.serve.common import json_response, service_of
 from criadero.serve.errors import ApiError, of_user_error
 from criadero.serve.params import Body, honoured
 from criadero.serve.storing import checked_id, kept, missing, store_of
 from criadero.trust.search import Index
-from criadero.trust.trace import index_for, trace
+from criadero.trust.trace import _absent, data_of, index_for, trace
 
 router = APIRouter()
-_indexes: dict[Path, Index] = {}  # mapped files: what is not read costs nothing
+# of a model: its index (mapped files: what is not read costs nothing), and how many of the sources it learned from are in none
+_indexes: dict[Path, tuple[Index, dict[str, int]]] = {}
 _opening = threading.Lock()
 
 
@@ -52,12 +54,20 @@ async def create(body: TraceRequest, request: Request) -> Response:
 
 def _trace(model: Path, text: str, min_tokens: int) -> dict[str, Any]:
     with _opening:
-        if (index := _indexes.get(model)) is None:
+        if model not in _indexes:
             try:
-                index = _indexes[model] = index_for(model)
+                index, (_, learned) = index_for(model), data_of(model)
+                absent = len(_absent(open_artifact(index.path), learned))
+                _indexes[model] = index, {"sources": sum(map(bool, learned.values())), "not_in_the_index": absent}
             except UserError as error:
-                raise ApiError(404, "no_index", str(error), "model") from None
+                why = str(error).replace("and give it with --index DIR", "and put it beside the model's folder")
+                raise ApiError(404, "no_index", why, "model") from None
+    index, learned_from = _indexes[model]
     try:
-        return {"index": index.path.name, **trace(index, text, min_tokens=min_tokens).as_dict()}
+        return {
+            "index": index.path.name,
+            "learned_from": learned_from,
+            **trace(index, text, min_tokens=min_tokens).as_dict(),
+        }
     except UserError as error:
         raise of_user_error(error, "text") from None
