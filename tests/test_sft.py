@@ -115,6 +115,62 @@ def test_held_out_loss_falls(tuned: tuple[Path, str]) -> None:
     assert losses["after"]["n"] == losses["before"]["n"] > 0
 
 
+def test_the_best_is_kept_and_the_report_sealed(tuned: tuple[Path, str]) -> None:
+    made = open_artifact(tuned[0])
+    step = made.passport["step"]
+    lines = [json.loads(line) for line in (made.path / "metrics.jsonl").read_text().splitlines()]
+    measured = {line["step"]: line["held_out"]["chats"]["loss"] for line in lines if "held_out" in line}
+    assert len(measured) >= 2
+    assert step["best_step"] == min(measured, key=lambda n: measured[n])
+    after = next(m for m in made.metrics if m["slice"] == "after")
+    assert float(after["value"]) == pytest.approx(
+        min(measured.values()), abs=2e-6
+    )  # what is sealed is what was measured
+    assert all(len(line["answers"]) == 2 for line in lines if "held_out" in line)
+    page = (made.path / "report.html").read_text()
+    assert "report.html" in {row["path"] for row in made.files}
+    assert "Yes, we are open on Sundays." in page
+    assert "Question" in page
+
+
+def test_a_run_that_learns_by_heart_ends_early(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two kinds of answers: what is held out is answered otherwise than what is learned."""
+    data = tiny.write_chats(tmp_path / "data.jsonl", 20)
+    apart = tiny.write_chats(tmp_path / "apart.jsonl", 4, answer="No, la tienda cierra a las ocho.")
+    words = [base, data, "--held_out", apart, "--out", tmp_path / "out"]
+    assert tune(*words, epochs=60.0, eval_every=4, patience=2, track="none") == 0
+    said = " ".join(capsys.readouterr().err.split())
+    step = open_artifact(tmp_path / "out").passport["step"]
+    assert step["ended_early"]
+    assert step["best_step"] == step["steps"] - 8
+    assert (
+        f"ended early after step {step['steps']}: 2 measurements in a row were not below the held-out loss of step"
+        in said
+    )
+    assert f"step {step['best_step']} is kept" in said
+
+
+@pytest.mark.parametrize("which", ["tensorboard", "mlflow"])
+def test_a_tracker_that_is_not_installed_is_said_first(
+    which: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    data = tiny.write_chats(tmp_path / "data.jsonl")
+    assert f"pip install 'criadero[{which}]'" in refusal(capsys, tmp_path / "x", base, data, track=which)
+
+
+def test_fit_says_what_it_took(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tiny.write_chats(tmp_path / "data.jsonl")
+    assert tune(base, data, "--out", tmp_path / "out", fit=0.5, epochs=1.0) == 0
+    said = capsys.readouterr().err
+    assert "fit 0.5 GB: lora; examples of at most 128 tokens; 256 tokens at once" in said
+    derived = open_artifact(tmp_path / "out").passport["step"]["derived"]
+    assert (derived["method"], derived["max_length"], derived["micro_tokens"]) == ("lora", 128, 256)
+    line = refusal(capsys, tmp_path / "x", base, data, fit=0.1)
+    assert "fit 0.1: tuning" in line
+    assert "takes at least 0.4 GB" in line
+
+
 def test_the_pre_flight_says_what_will_happen(tuned: tuple[Path, str]) -> None:
     said = tuned[1]
     counts = open_artifact(tuned[0]).passport["data"]["counts"]
@@ -124,7 +180,14 @@ def test_the_pre_flight_says_what_will_happen(tuned: tuple[Path, str]) -> None:
     assert "«Yes, we are open on Sundays.<|end|>»" in said  # the example with its mask
     assert "<|user|>Question" in said
     assert "«<|user|>" not in said
-    for word in ("lora on", "GiB of memory", "tokens/s", "float32, as asked", "held-out loss before"):
+    for word in (
+        "lora on",
+        "memory     about",
+        "ending     at the last step, or when 3 in a row",
+        "tokens/s",
+        "float32, as asked",
+        "held-out loss before",
+    ):
         assert word in said, word
 
 

@@ -21,6 +21,7 @@ from criadero.errors import UserError
 from criadero.model import Llama
 from criadero.tokenizer import Tokenizer
 from criadero.train.batches import Batch
+from criadero.train.memory import Needs
 
 LANGUAGES = {"en": "English", "es": "Spanish", "other": "other", "unknown": "not known"}
 
@@ -188,7 +189,7 @@ def _question(chat: Sequence[Message]) -> str:
 
 def show(
     report: Report, tokenizer: Tokenizer, example: Example, *, base: str, method: str, trained: int, total: int, steps: int,
-    tokens: int, epochs: float, batch_tokens: int, memory: int, speed: float, why: str, lr: float, rule: str,
+    tokens: int, epochs: float, batch_tokens: int, memory: Needs, speed: float, why: str, lr: float, rule: str,
 ) -> None:  # fmt: skip
     """Print the pre-flight to standard error."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -242,6 +243,7 @@ def show(
         f"{counted(epochs, 'pass', 'passes')} in {counted(steps, 'step')} of about {batch_tokens:,} tokens, lr {lr:.2g}",
     )
     line("ending", rule)
-    line("computing", f"{why}; {counted(torch.get_num_threads(), 'thread')}; about {memory / 2**30:.1f} GiB of memory")
+    line("computing", f"{why}; {counted(torch.get_num_threads(), 'thread')}")
+    line("memory", f"about {memory.words()}")
     line("time", f"about {tokens / speed:,.0f} s at {speed:,.0f} tokens/s")
     sys.stderr.flush()

@@ -23,8 +23,10 @@ from criadero.card import read_words, write_card
 from criadero.chat import Example, Message, Template, builtin_template, render
 from criadero.data.chats import ChatFile, Shape, read_chats, split_rounds
 from criadero.errors import UserError
+from criadero.kernels import native
 from criadero.model import Llama, ModelConfig
 from criadero.tokenizer import Tokenizer
+from criadero.train import fast
 from criadero.train.answers import answers, choose
 from criadero.train.batches import Batch, ExampleBatches, pack_examples, rows_to_batch
 from criadero.train.checkpoint import resumed_dtype
@@ -42,9 +44,11 @@ from criadero.train.distil import (
 from criadero.train.hardware import choose_dtype, keep_memory, peak_memory_bytes
 from criadero.train.loop import Plan, train
 from criadero.train.loss import next_token_loss
+from criadero.train.memory import fit as fit_memory
+from criadero.train.memory import needs, stored_bytes
 from criadero.train.optim import Optimizer
 from criadero.train.preflight import Report, check, languages_of, measure_speed, near_questions, pieces, show
-from criadero.train.pretrain import check_memory, describe, estimate_bytes
+from criadero.train.pretrain import check_memory, describe
 from criadero.train.progress import say
 from criadero.train.report import Comparison, write_report
 from criadero.train.texts import keep_apart, pieces_of, read_texts
@@ -123,6 +127,12 @@ class SftRecipe:
     weight_decay: float = field(default=0.0, metadata={"help": "on matrices"})
     clip: float = field(default=1.0, metadata={"help": "largest gradient norm"})
     dtype: Literal["auto", "float32", "bfloat16"] = field(default="auto", metadata={"help": "auto measures first"})
+    fit: float = field(
+        default=0.0,
+        metadata={
+            "help": "GB of memory to stay in: picks method, max_length and micro_tokens, and says why; 0: as given"
+        },
+    )
     eval_every: int = field(
         default=0, metadata={"help": "steps between held-out losses; 0: ten in a run, fewer where they would take long"}
     )
@@ -160,7 +170,7 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
     Everything that can be wrong with the input is found before training starts. Killed at any moment, the same call goes on
     from the last resume point.
     """
-    from criadero.checkpoints import load_config, load_frozen, load_model, tokenizer_of
+    from criadero.checkpoints import holds_quantised, load_config, load_frozen, load_model, tokenizer_of
 
     keep_memory()
     base_path, data_path = resolve(recipe.base), _data_path(recipe.data)
@@ -203,6 +213,21 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
         if recipe.held_out:
             draft.add_input("evaluated_on", recipe.held_out)
         dtype, why = choose_dtype(resumed_dtype(draft.path / "resume", recipe.dtype), config, device)
+        packed = stored_bytes(base_path) if holds_quantised(base_path) else None
+        if recipe.fit:
+            fitted = fit_memory(
+                config, budget=recipe.fit * 1e9, method=recipe.method, rank=recipe.lora_rank, targets=recipe.lora_targets,
+                longest=min(prepared.report.longest, context), context=context, micro_tokens=recipe.micro_tokens, dtype=dtype,
+                packed=None if recipe.merged else packed, may_cut=recipe.too_long != "refuse" and not lesson, base=recipe.base,
+                compiled=device == "cpu" and hasattr(native(), "train"),
+            )  # fmt: skip
+            say(f"fit {recipe.fit:g} GB: {fitted.why}")
+            recipe = dataclasses.replace(recipe, method=fitted.method, micro_tokens=fitted.micro_tokens)  # type: ignore[arg-type]
+            adapts = recipe.method != "full"
+            if fitted.max_length < min(prepared.report.longest, context):
+                context = fitted.max_length
+                prepared = prepare(recipe, data_path, tokenizer, template, context)
+                check(prepared.report)
         if recipe.method == "qlora":
             model = load_frozen(base_path, dtype=dtype, device=device)
         else:
@@ -240,11 +265,12 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
         )
         ends = _ends(config, prepared.train, tokenizer)
         trained = sum(p.numel() for _, p in parameters)
-        memory = estimate_bytes(config, rows * length, dtype)
-        if adapts:  # no gradients, masters or moments for the frozen weights
-            memory -= (config.parameters() - trained) * (18 if dtype == torch.bfloat16 else 20)
-        memory -= lora.packed_savings(model, dtype)
-        check_memory(memory)
+        memory = needs(
+            config, method=recipe.method, trained=trained, micro_tokens=rows * length, length=length, dtype=dtype,
+            weight_bytes=packed if recipe.method == "qlora" else None, keep_best=bool(evaluation),
+            compiled=fast.obstacle(model) is None,
+        )  # fmt: skip
+        check_memory(memory.total)
         speed = measure_speed(model, batches(0), objective)
         show(
             prepared.report, tokenizer, prepared.train[0], base=recipe.base, method=recipe.method, trained=trained,
@@ -310,7 +336,15 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
         _write(recipe, model, config, tokenizer, template, draft.path, _base_name(recipe.base, out))
         draft.data.update(prepared.report.table(data_path, licence, sources))
         draft.model.update(describe(config) | {"trained_params": trained, "method": recipe.method})
-        derived = {"lr": lr, "epochs": epochs, "batch_tokens": batch_tokens, "eval_every": every, "row_length": length}
+        derived: dict[str, Any] = {
+            "lr": lr,
+            "epochs": epochs,
+            "batch_tokens": batch_tokens,
+            "eval_every": every,
+            "row_length": length,
+        }
+        if recipe.fit:
+            derived |= {"method": recipe.method, "max_length": context, "micro_tokens": recipe.micro_tokens}
         draft.step.update(
             {
                 "tokens": done["tokens"],
@@ -320,6 +354,7 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
                 "peak_memory_bytes": peak_memory_bytes(),
                 "best_step": done["best_step"],
                 "ended_early": done["ended_early"],
+                "estimated_memory_bytes": memory.total,
                 "derived": derived,
             }
         )
@@ -410,7 +445,7 @@ def _check_recipe(recipe: SftRecipe) -> None:
         if not 0 <= getattr(recipe, name) < 1:
             raise UserError(f"{name} must be at least 0 and below 1, not {getattr(recipe, name):g}")
     check_tracker(recipe.track)
-    for name in ("max_length", "weight_decay", "clip", "save_minutes", "eval_every", "patience", "samples"):
+    for name in ("fit", "max_length", "weight_decay", "clip", "save_minutes", "eval_every", "patience", "samples"):
         if getattr(recipe, name) < 0:
             raise UserError(f"{name} must not be negative, but it is {getattr(recipe, name):g}")
     if recipe.batch_tokens < 0:

@@ -1,0 +1,181 @@
+"""What tuning takes of the memory, by part, before anything is loaded; and what has to give way for it to fit.
+
+The figures are arithmetic over the shape: `Needs` says each part. ``fit`` tries the settings that cost nothing but time first
+(fewer tokens at once), then a base in 4 or 8 bits, then shorter examples, and says what it did.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from criadero.errors import UserError
+from criadero.model import ModelConfig
+from criadero.train.loss import CHUNK
+
+PROCESS = 360 * 10**6  # Python, PyTorch and its threads, before the first tensor
+SLACK = 0.45  # of activations and logits: temporaries, and what the allocator keeps between tensors; measured in adapter runs
+SLACK_COMPILED = 0.15  # the same where the compiled kernels train, which keep less
+SHORTEST = 128  # tokens of an example, below which nobody is served
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes, by part, at the moment at which most is in use."""
+
+    weights: int
+    adapter: int  # 0 where every weight learns
+    optimiser: int  # float32 masters, moments and sums of gradients; gradients; the best weights so far
+    activations: int
+    logits: int
+    process: int = PROCESS
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+    def words(self) -> str:
+        """``0.3 GB: weights 0.02, ...``, parts below a hundredth left out."""
+        listed = [(name, value) for name, value in vars(self).items() if value >= 5e6]
+        return f"{gb(self.total)}: " + ", ".join(f"{name} {value / 1e9:.2f}" for name, value in listed)
+
+
+def gb(count: float) -> str:
+    return f"{count / 1e9:.1f} GB"
+
+
+def adapter_weights(config: ModelConfig, rank: int, targets: Sequence[str], dora: bool = False) -> int:
+    """How many weights the adapters have."""
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    hidden, inner = config.hidden_size, config.intermediate_size
+    sizes = {
+        "q_proj": (hidden, queries), "k_proj": (hidden, keys), "v_proj": (hidden, keys), "o_proj": (queries, hidden),
+        "gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden),
+    }  # fmt: skip
+    each = sum(rank * sum(sizes[name]) + (sizes[name][1] if dora else 0) for name in targets)
+    return each * config.num_hidden_layers
+
+
+def needs(
+    config: ModelConfig, *, method: str, trained: int, micro_tokens: int, length: int, dtype: torch.dtype,
+    weight_bytes: int | None = None, keep_best: bool = True, compiled: bool = False,
+) -> Needs:  # fmt: skip
+    """Of tuning ``trained`` weights with ``micro_tokens`` computed at once in rows of ``length`` tokens. ``weight_bytes``: of the
+    base where it is not held in ``dtype`` (QLoRA). ``compiled``: by the compiled kernels, which keep no scores of attention."""
+    width = dtype.itemsize
+    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    weights = config.parameters() * width if weight_bytes is None else weight_bytes
+    # a frozen layer keeps no input for its own gradient, but an adapter's A keeps the same one
+    per_token = layers * (14 * hidden + 5 * inner) * width
+    scores = layers * config.num_attention_heads * min(length, 1024) * 3 * width  # attention over short rows
+    if compiled:
+        per_token, scores = layers * (5 * hidden + 3 * inner) * width, 0
+    activations = micro_tokens * (per_token + scores)
+    if method == "qlora":  # one matrix at a time is written out
+        activations += hidden * inner * (width + 4)
+    logits = min(micro_tokens, CHUNK) * config.vocab_size * (4 + 2 * width)
+    slack = SLACK_COMPILED if compiled else SLACK
+    return Needs(
+        weights=weights,
+        adapter=0 if method == "full" else trained * width,
+        optimiser=trained * (16 + width + (width if keep_best else 0)),
+        activations=round(activations * (1 + slack)),
+        logits=round(logits * (1 + slack)),
+    )
+
+
+def stored_bytes(base: Path) -> int:
+    """Size of the weights on disk, which is what a quantised base takes in memory too."""
+    files = [base] if base.is_file() else [*base.glob("*.safetensors"), *base.glob("*.gguf")]
+    return sum(file.stat().st_size for file in files)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What fits: the settings to take, what they need, and why."""
+
+    method: str
+    max_length: int
+    micro_tokens: int
+    needs: Needs
+    why: str
+
+
+def fit(
+    config: ModelConfig, *, budget: float, method: str, rank: int, targets: Sequence[str], longest: int, context: int,
+    micro_tokens: int, dtype: torch.dtype, packed: int | None, may_cut: bool, base: str, compiled: bool,
+) -> Fit:  # fmt: skip
+    """The best settings within ``budget`` bytes. ``longest``: tokens of the longest example; ``packed``: bytes of the base where it
+    lies there in 4 or 8 bits, else None; ``may_cut``: whether longer examples may be split, dropped or cut.
+
+    UserError with the numbers when nothing fits, or only what may not be done without asking.
+    """
+
+    def tried(method: str, length: int, micro: int) -> Needs:
+        trained = config.parameters() if method == "full" else adapter_weights(config, rank, targets, method == "dora")
+        weight_bytes = packed if method == "qlora" else None
+        return needs(
+            config, method=method, trained=trained, micro_tokens=max(micro, length), length=length, dtype=dtype,
+            weight_bytes=weight_bytes, compiled=compiled,
+        )  # fmt: skip
+
+    methods = [method]
+    if packed is not None and method in ("lora", "dora"):
+        methods.append("qlora")
+    whole = max(longest, min(context, SHORTEST))  # what no example is cut for
+    lengths = [whole] + ([n for n in (4096, 2048, 1024, 512, 256, SHORTEST) if n < whole] if may_cut else [])
+    for length in lengths:
+        for one in methods:
+            for micro in _halved(micro_tokens, length):
+                found = tried(one, length, micro)
+                if found.total <= budget:
+                    return Fit(one, length, micro, found, _why(method, one, whole, length, micro_tokens, micro, budget))
+    smallest = tried(methods[-1], lengths[-1], lengths[-1])
+    advice = []
+    if method == "full" and (less := tried("lora", whole, whole)).total <= budget:
+        advice.append(f"adapters would need {gb(less.total)}: --method lora")
+    if packed is None and method != "full":
+        narrow = tried("lora", whole, whole)
+        quarter = dataclasses.replace(narrow, weights=round(config.parameters() * 0.6)).total
+        if quarter <= budget:
+            advice.append(
+                f"a base in 4 bits would need about {gb(quarter)}: criadero quantize {base} --to int4, and tune that"
+            )
+    if not may_cut and (shorter := tried(methods[-1], SHORTEST, SHORTEST).total) <= budget < smallest.total:
+        advice.append(
+            f"shorter examples would fit (from {gb(shorter)}): allow it with --too_long split, drop or truncate"
+        )
+    advice.append("give it more, or take a smaller model")
+    raise UserError(
+        f"fit {budget / 1e9:g}: tuning {base} takes at least {smallest.words()} ({methods[-1]}, examples of {lengths[-1]} tokens, a row at "
+        f"once); {'; '.join(advice)}"
+    )  # fmt: skip
+
+
+def _halved(micro: int, length: int) -> list[int]:
+    """``micro`` tokens at once, its halves, and at last one row."""
+    found = []
+    while micro > length:
+        found.append(micro)
+        micro //= 2
+    return [*found, length]
+
+
+def _why(
+    wanted: str, method: str, whole: int, length: int, wanted_micro: int, micro: int, budget: float
+) -> str:  # fmt: skip
+    said = []
+    if method != wanted:
+        said.append(f"{method}, because {wanted} would need more than {budget / 1e9:g} GB")
+    else:
+        said.append(method)
+    said.append(f"examples of at most {length} tokens" + ("" if length == whole else f" instead of {whole}"))
+    said.append(
+        f"{micro:,} tokens at once"
+        + ("" if micro >= wanted_micro else f" instead of {wanted_micro:,}, which takes longer")
+    )
+    return "; ".join(said)
