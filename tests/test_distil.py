@@ -161,27 +161,18 @@ def test_a_lesson_is_sealed_and_says_how_much_it_keeps(place: Path) -> None:
     assert 0.5 < shares["train"] <= 1.001
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_student_follows_its_teacher(place: Path, tmp_path: Path, method: str) -> None:
-    lr = {"full": 1e-2, "lora": 4e-2}[method]
-    values = QUICK | {
-        "base": str(place / "student"),
-        "data": str(place / "lesson"),
-        "method": method,
-        "lr": lr,
-        "distil": 1.0,
-        "lora_rank": 8,
-    }
+def test_a_student_follows_its_teacher(place: Path, tmp_path: Path) -> None:
+    data = str(place / "lesson")
+    values = QUICK | {"base": str(place / "student"), "data": data, "method": "full", "lr": 1e-2, "distil": 1.0}
     made = make("sft", values, tmp_path / "mine")
     assert verify(made.path) == []
     found = {(m["metric"], m["slice"]): float(m["value"]) for m in made.metrics}
-    assert found["divergence", "after"] < {"full": 0.5, "lora": 0.8}[method] * found["divergence", "before"]
+    assert found["divergence", "after"] < 0.5 * found["divergence", "before"]
     assert found["loss", "after"] < found["loss", "before"] - 0.5  # it was never shown the text itself
     assert "divergence" in json.loads((made.path / "metrics.jsonl").read_text().splitlines()[0])
     again = make("sft", values, tmp_path / "again")
-    name = "model.safetensors" if method == "full" else "adapter_model.safetensors"
-    assert (again.path / name).read_bytes() == (made.path / name).read_bytes()
-    assert "outputs_of" in made.lineage().replace(" ", "_") or "teacher" in made.lineage()
+    assert (again.path / "model.safetensors").read_bytes() == (made.path / "model.safetensors").read_bytes()
+    assert "teacher" in made.lineage()
 
 
 def test_a_part_of_the_loss_may_follow_the_text(place: Path, tmp_path: Path) -> None:
