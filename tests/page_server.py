@@ -337,7 +337,7 @@ def call(world: World, method: str, path: str, query: dict[str, str], body: dict
         case ["POST", "api", "delete-everything"]:
             if body.get("confirm") != "delete everything":
                 raise Gone(400, "not_confirmed", "confirm must be 'delete everything'")
-            return world.wipe()
+            return world.wipe() | {"erased": True}
         case ["POST", "v1", "trace"]:
             text = body.get("text") or world.messages[body["message_id"]]["content"]
             return traced(text)

@@ -118,5 +118,5 @@ export const api = {
   tally: () => json<Tally[] | { tally: Tally[] }>('GET', 'api/comparisons/tally').then((rows) => (Array.isArray(rows) ? rows : rows.tally)),
   trace: (model: string, message: string) => json<Trace>('POST', 'v1/trace', { model, message_id: message }),
   exportAll: async () => (await send('GET', 'api/export')).blob(),
-  deleteEverything: () => json<Record<string, number>>('POST', 'api/delete-everything', { confirm: 'delete everything' }),
+  deleteEverything: () => json<Record<string, number | boolean>>('POST', 'api/delete-everything', { confirm: 'delete everything' }),
 }

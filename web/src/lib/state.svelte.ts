@@ -96,7 +96,15 @@ class Page {
   current = $derived(this.models.find((one) => one.id === this.model) ?? null)
   dropped = $derived(new Set(this.context?.dropped ?? []))
 
-  async start(): Promise<void> {
+  /** What a first question waits for when it is quicker than the page. */
+  starting: Promise<void> = Promise.resolve()
+
+  start(): Promise<void> {
+    this.starting = this.#start()
+    return this.starting
+  }
+
+  async #start(): Promise<void> {
     this.fault = null
     try {
       this.me = await api.me()
@@ -281,7 +289,7 @@ class Page {
     }
     this.live = null
     this.add(done.message)
-    this.said = t('said.answered')
+    this.said = `${t('said.answered')}: ${done.message.content.slice(0, 500)}`
     if (done.message.finish_reason === 'cancelled') await this.#reload()
     void this.measure()
   }
