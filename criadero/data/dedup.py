@@ -143,13 +143,6 @@ def similarity(a: np.ndarray, b: np.ndarray) -> float:
     return float((a == b).mean())
 
 
-def jaccard(a: str, b: str, size: int = 5) -> float:
-    """The exact Jaccard similarity of the word n-grams."""
-    x, y = shingles(a, size), shingles(b, size)
-    both = len(np.intersect1d(x, y, assume_unique=True))
-    return both / max(len(x) + len(y) - both, 1)
-
-
 def near(
     documents: Iterable[Document],
     tally: Tally,

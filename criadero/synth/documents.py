@@ -25,7 +25,7 @@ from criadero.synth import prompts
 from criadero.synth.dataset import Chat, chat_source, pair, removed_line, write_chats
 from criadero.synth.paragraphs import Paragraph, find_documents, paragraphs, read_text
 from criadero.synth.self_instruct import check_held_out
-from criadero.synth.teacher import Teacher, TeacherFields, _help, _say, ask, open_teacher
+from criadero.synth.teacher import TaughtFields, Teacher, _help, _say, ask, open_teacher
 from criadero.synth.terms import check_terms
 from criadero.synth.text import Pool, covered, words
 
@@ -44,7 +44,7 @@ _NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DocumentQuestionsRecipe(TeacherFields):
+class DocumentQuestionsRecipe(TaughtFields):
     """Which documents, how many questions of which kinds, and how close an answer has to stay to its paragraph."""
 
     teacher: str = _help(
@@ -71,9 +71,6 @@ class DocumentQuestionsRecipe(TeacherFields):
         "put the paragraph into the question, for a student that is to read rather than to know", False
     )
     temperature: float = _help("of the teacher", 0.7)
-    held_out: float = _help("share of the chats held out", 0.1)
-    licence: str = _help("licence you give the dataset", "")
-    seed: int = _help("of the draws", 0)
 
 
 @dataclass(frozen=True)
@@ -150,8 +147,7 @@ def document_questions(
         )
         _write_paragraphs(draft.path / "paragraphs.jsonl", found, kept)
         if teacher:
-            teacher.write_recording(draft.path / "answers.jsonl")
-            draft.step["teacher"] = teacher.report() | {"terms": terms}
+            teacher.record(draft, terms)
         used = {one.paragraph.id for one in kept}
         draft.step["derived"] = {
             "paragraphs": len(found),
@@ -160,8 +156,6 @@ def document_questions(
         }
         _say(f"{SOURCE}: {len(files)} documents, {len(found)} paragraphs, {len(used)} of them with questions")
         _say(f"{SOURCE}: {len(kept)} questions of {counts['candidates']}; removed: {removed_line(tally, SOURCE)}")
-        if teacher:
-            _say(teacher.summary())
         _say(f"{written['train']} chats to learn, {written['held_out']} held out")
     return open_artifact(out)
 

@@ -23,7 +23,7 @@ from criadero.errors import UserError
 from criadero.synth import prompts
 from criadero.synth.dataset import SEEDS, Chat, Task, chat_source, pair, read_tasks, removed_line, write_chats
 from criadero.synth.self_instruct import check_held_out
-from criadero.synth.teacher import Teacher, TeacherFields, _help, _say, ask, open_teacher
+from criadero.synth.teacher import TaughtFields, Teacher, _help, _say, ask, open_teacher
 from criadero.synth.terms import check_terms
 from criadero.synth.text import content_words, words
 
@@ -43,7 +43,7 @@ _PROMPT_WORDS = re.compile(
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvolInstructRecipe(TeacherFields):
+class EvolInstructRecipe(TaughtFields):
     """Which tasks to evolve, how often, and by which operators."""
 
     data: str = _help(
@@ -59,9 +59,6 @@ class EvolInstructRecipe(TeacherFields):
     task_tokens: int = _help("longest rewritten task, in tokens", 512)
     answer_tokens: int = _help("longest answer, in tokens", 1024)
     temperature: float = _help("of the teacher when it rewrites and answers", 1.0)
-    held_out: float = _help("share of the chats held out; all that come from one task stay together", 0.1)
-    licence: str = _help("licence you give the dataset", "")
-    seed: int = _help("of the draws", 0)
 
 
 @dataclass(frozen=True)
@@ -119,13 +116,11 @@ def evol_instruct(
         written = write_chats(
             draft, chats, tally, sources, read, held_out=recipe.held_out, seed=recipe.seed, synthetic=synthetic
         )
-        teacher.write_recording(draft.path / "answers.jsonl")
-        draft.step["teacher"] = teacher.report() | {"terms": terms}
+        teacher.record(draft, terms)
         draft.step["derived"] = dict(sorted(counts.items()))
         _say(
             f"{SOURCE}: {len(survived)} tasks of {counts['rewritten']} rewritten; removed: {removed_line(tally, SOURCE)}"
         )
-        _say(teacher.summary())
         _say(f"{written['train']} chats to learn, {written['held_out']} held out")
     return open_artifact(out)
 

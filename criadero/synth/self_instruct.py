@@ -21,7 +21,7 @@ from criadero.data.filters import PASTED, Tally, identify
 from criadero.errors import UserError
 from criadero.synth import prompts
 from criadero.synth.dataset import SEEDS, Chat, Task, chat_source, pair, read_tasks, removed_line, write_chats
-from criadero.synth.teacher import Answer, Ask, Teacher, TeacherFields, _help, _say, ask, open_teacher
+from criadero.synth.teacher import Answer, Ask, TaughtFields, Teacher, _help, _say, ask, open_teacher
 from criadero.synth.terms import check_terms
 from criadero.synth.text import Pool
 
@@ -53,7 +53,7 @@ _BEGINNING = re.compile(r"[^\W_]|[¿¡\"'«(]")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelfInstructRecipe(TeacherFields):
+class SelfInstructRecipe(TaughtFields):
     """How many tasks to ask for, of whom, and what to leave out."""
 
     tasks: int = _help("new tasks wanted", 200)
@@ -70,9 +70,6 @@ class SelfInstructRecipe(TeacherFields):
     temperature: float = _help("of the teacher", 1.0)
     with_seeds: bool = _help("put the seed tasks into the dataset too", True)
     seed_licence: str = _help("licence of the seed tasks", "Apache-2.0")
-    held_out: float = _help("share of the chats held out", 0.1)
-    licence: str = _help("licence you give the dataset", "")
-    seed: int = _help("of the draws", 0)
 
 
 def self_instruct(
@@ -119,11 +116,9 @@ def self_instruct(
         written = write_chats(
             draft, chats, tally, sources, read, held_out=recipe.held_out, seed=recipe.seed, synthetic={SOURCE: True}
         )
-        teacher.write_recording(draft.path / "answers.jsonl")
-        draft.step["teacher"] = teacher.report() | {"terms": terms}
+        teacher.record(draft, terms)
         draft.step["derived"] = dict(counts)
         _say(f"{SOURCE}: {len(tasks)} tasks of {counts['candidates']}; removed: {removed_line(tally, SOURCE)}")
-        _say(teacher.summary())
         if len(tasks) < recipe.tasks:
             _say(
                 f"note: {recipe.tasks} tasks were wanted; {counts['why']}"

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from criadero.artifact import Input, input_of, resolve
+from criadero.artifact import Draft, Input, input_of, resolve
 from criadero.errors import UserError
 from criadero.recipe import digest
 from criadero.synth.endpoint import Failed, is_local, post, redact
@@ -63,6 +63,15 @@ class TeacherFields:
     budget: float = _help("largest total cost, in the currency of the prices", 1.0)
     concurrency: int = _help("requests at once to an endpoint", 4)
     timeout: float = _help("seconds to wait for one answer", 120.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaughtFields(TeacherFields):
+    """What the stages ask for whose dataset a teacher writes."""
+
+    held_out: float = _help("share of the chats held out; what comes from one task stays together", 0.1)
+    licence: str = _help("licence you give the dataset", "")
+    seed: int = _help("of the draws", 0)
 
 
 @dataclass(frozen=True)
@@ -273,6 +282,12 @@ class Teacher:
         """The answers that were used, with their requests' hashes: a teacher for whoever makes the dataset again."""
         rows = [{"key": key, **dataclasses.asdict(answer)} for key, answer in self._used.items()]
         path.write_text(_line(self._header()) + "".join(map(_line, rows)), encoding="utf-8")
+
+    def record(self, draft: Draft, terms: Sequence[str]) -> None:
+        """Put into the dataset to be what was asked, what came back, what it cost, and under which terms; say it in a line."""
+        self.write_recording(draft.path / "answers.jsonl")
+        draft.step["teacher"] = self.report() | {"terms": list(terms)}
+        _say(self.summary())
 
     def report(self) -> dict[str, Any]:
         """Counts and costs, for the passport."""

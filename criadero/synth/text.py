@@ -17,40 +17,33 @@ def words(text: str) -> list[str]:
     return _TOKEN.findall(unicodedata.normalize("NFC", text).casefold())
 
 
-def lcs(a: Sequence[str], b: Sequence[str]) -> int:
-    """The length of the longest common subsequence, exactly.
-
-    Bit-parallel (Hyyro 2004, "Bit-parallel LCS-length computation revisited"): bit i of `row` is 0 where the LCS of ``a[: i + 1]`` is
-    one longer than that of ``a[:i]``; one addition of long integers for each element of `b`.
-    """
-    return _lcs(_masks(a), len(a), b)
-
-
-def _masks(a: Sequence[str]) -> dict[str, int]:
+def positions(a: Sequence[str]) -> dict[str, int]:
+    """Where each word stands, as the bits of a number."""
     masks: dict[str, int] = {}
     for i, word in enumerate(a):
         masks[word] = masks.get(word, 0) | 1 << i
     return masks
 
 
-def _lcs(masks: dict[str, int], size: int, b: Sequence[str]) -> int:
+def lcs(a: dict[str, int], size: int, b: Sequence[str]) -> int:
+    """The length of the longest common subsequence of the ``size`` words whose `positions` are ``a`` and of ``b``, exactly.
+
+    Bit-parallel (Hyyro 2004, "Bit-parallel LCS-length computation revisited"): bit i of `row` is 0 where the LCS of the first
+    ``i + 1`` words is one longer than that of the first ``i``; one addition of long integers for each element of `b`.
+    """
     full = (1 << size) - 1
     row = full
     for word in b:
-        match = masks.get(word)
+        match = a.get(word)
         if match:
             both = row & match
             row = ((row + both) | (row - both)) & full
     return size - row.bit_count()
 
 
-def rouge_l(a: Sequence[str], b: Sequence[str]) -> float:
-    """ROUGE-L's F1 (Lin 2004, section 3.1, beta = 1) of two lists of words; 0 when one is empty."""
-    return 2 * lcs(a, b) / (len(a) + len(b)) if a and b else 0.0
-
-
 class Pool:
-    """Texts seen so far, asked for one that is too alike: Self-Instruct's filter of new instructions."""
+    """Texts seen so far, asked for one that is too alike by ROUGE-L's F1 (Lin 2004, section 3.1, beta = 1): Self-Instruct's filter
+    of new instructions."""
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
         self.entries: list[tuple[list[str], Counter[str]]] = []
@@ -66,7 +59,7 @@ class Pool:
         mine = words(text)
         if not mine:
             return False
-        counts, masks, size = Counter(mine), _masks(mine), len(mine)
+        counts, masks, size = Counter(mine), positions(mine), len(mine)
         for theirs, theirs_counts in self.entries:
             total = size + len(theirs)
             # the common subsequence is no longer than the shorter text, nor than what the two have in common in any order
@@ -75,7 +68,7 @@ class Pool:
             few, many = (counts, theirs_counts) if len(counts) < len(theirs_counts) else (theirs_counts, counts)
             if 2 * sum(min(n, many[word]) for word, n in few.items()) < threshold * total:
                 continue
-            if 2 * _lcs(masks, size, theirs) >= threshold * total:
+            if 2 * lcs(masks, size, theirs) >= threshold * total:
                 return True
         return False
 
