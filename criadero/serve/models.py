@@ -90,7 +90,10 @@ class Entry:
         sources = (passport.get("data") or {}).get("by_source") or ()
         parts = [str(passport.get("kind")) + (f" model made from {base[0]}" if base else " model")]
         if isinstance(tokens, int) and not isinstance(tokens, bool):
-            parts.append(f"trained on {tokens:,} tokens" + (f" of {len(sources)} sources" if sources else ""))
+            parts.append(
+                f"trained on {tokens:,} tokens"
+                + (f" of {len(sources)} source{'s' * (len(sources) > 1)}" if sources else "")
+            )
         parts.append(str((passport.get("licence") or {}).get("declared") or "licence not declared"))
         return ", ".join(parts)
 
@@ -338,8 +341,9 @@ def _hex(file: Path) -> str:
 
 
 def _name_of(path: Path) -> str:
-    """The name of a folder or file, without .gguf."""
-    path = path.resolve()
+    """The name of a folder or file, without .gguf; of a link, the link's own."""
+    if path.name in ("", ".", ".."):
+        path = path.resolve()
     return path.stem if path.is_file() else path.name
 
 
