@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
 from pathlib import Path
 
+import postgres
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,3 +160,10 @@ def test_installing_says_what_is_missing(tmp_path: Path, python: str, uname: str
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
     assert sorted(f.name for f in tmp_path.iterdir()) == ["bin", "tools"]
+
+
+@pytest.mark.skipif(not os.environ.get("CI"), reason="only the checks that have to pass must have everything")
+def test_the_checks_have_what_tests_would_skip_without() -> None:
+    assert shutil.which("chromium") or shutil.which("google-chrome"), "the page's journeys need Chromium"
+    assert (ROOT / "web" / "node_modules" / "axe-core").is_dir(), "the page's checks need axe: make page-check"
+    assert postgres.programs(), "the database's tests need PostgreSQL"
