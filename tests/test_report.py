@@ -11,9 +11,11 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import tiny
+import torch
 
 from criadero.train import report
-from criadero.train.answers import Asked
+from criadero.train.answers import Asked, answers
 from criadero.train.report import Comparison, page
 
 EVIL = "<script>alert(1)</script>\"'&<img src=x onerror=y>"
@@ -160,3 +162,11 @@ def test_show_prints_its_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     report.write_report(tmp_path, comparison())
     assert cli._run(["show", str(tmp_path), "--report"]) == 0
     assert capsys.readouterr().out.strip() == str((tmp_path / "report.html").resolve())
+
+
+def test_an_answer_may_hold_rows_beyond_the_vocabulary() -> None:
+    words = tiny.tokenizer().vocab_size
+    model = tiny.model(vocab_size=2 * words, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight[:words].zero_()  # the largest logit is one of the others'
+    assert answers(model, [Asked((1, 2, 3), "?", "", "en")], tiny.tokenizer(), (), longest=4) == [""]

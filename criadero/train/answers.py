@@ -59,6 +59,8 @@ def answers(
     params = SamplingParams(max_tokens=longest, stop_ids=tuple(ends))
     was = model.training
     try:
-        return [tokenizer.decode(list(generate(model, one.ids, params))).strip() for one in asked]
+        drawn = [list(generate(model, one.ids, params)) for one in asked]
     finally:
         model.train(was)
+    # an embedding table may have rows beyond the vocabulary, and an untrained model may choose one: no text belongs to it
+    return [tokenizer.decode([id for id in ids if id < tokenizer.vocab_size]).strip() for ids in drawn]
