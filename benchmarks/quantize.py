@@ -208,7 +208,9 @@ def run(ref: str | Path, source: str | Path, options: argparse.Namespace) -> Non
         report("tables int8", lambda: tables(state, lambda w: round_matrix(w, 8, 32)))
         report("tables int8, 2^n", lambda: tables(state, lambda w: power_of_two(w.numpy(), 32)))
         report("tables int4", lambda: tables(state, lambda w: round_matrix(w, 4, 32)))
-        report("int4 g32 gptq, tables", lambda: tables(calibrated(schemes(4, 32)), lambda w: power_of_two(w.numpy(), 32)))
+        report(
+            "int4 g32 gptq, tables", lambda: tables(calibrated(schemes(4, 32)), lambda w: power_of_two(w.numpy(), 32))
+        )
     if options.json:
         print(json.dumps({"model": options.model, "tokens": n, "rows": rows}, indent=2))
 

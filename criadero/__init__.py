@@ -10,9 +10,15 @@ The names below are imported when they are first used: ``import criadero`` bring
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
 
 __version__ = "0.1.0"
+
+# PyTorch's threads wait for each other in a loop that holds the core, for a millisecond or more. With another program at work that
+# makes a run many times slower (two tunings at once took 77 s each, and 16 s with this; one alone takes 9 s either way). It is
+# read when PyTorch is first imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 _PUBLIC = {
     "Artifact": ("criadero.artifact", "Artifact"),

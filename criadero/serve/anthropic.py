@@ -341,7 +341,13 @@ class _Answer:
         """Piece by piece, in Anthropic's order."""
         run = self.run
         usage = {**_usage(Usage(prompt=len(run.request.prompt))), "output_tokens": 0}
-        message: dict[str, Any] = {**self.head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
+        message: dict[str, Any] = {
+            **self.head,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": usage,
+        }
         yield _event("message_start", message=message)
         async for event in run.events(run.service.settings.ping_seconds):
             if event is None:

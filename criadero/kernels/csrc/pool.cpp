@@ -59,8 +59,10 @@ void Pool::run_raw(Call call, void* argument) {
         { std::lock_guard<std::mutex> lock(sleep_); }  // a worker between its last look and its sleep holds this
         wake_.notify_all();
     }
+    self.patience = patience_;
     call(argument, self);
     self.barrier();  // everybody has finished
+    patience_ = self.patience;
 }
 
 void Pool::work(int index, uint64_t seen) {

@@ -15,11 +15,16 @@ namespace criadero {
 
 class Pool;
 
+// Some 200 us. Who waits for longer is likely to hold the very core that the other thread needs: with another program at work two threads
+// of ours end on one core, and every barrier then costs as long as we spin. So patience falls to a microsecond at once and comes back slowly.
+constexpr int PATIENCE = 20000, IMPATIENCE = 100;
+
 // What a thread inside a region knows.
 struct Worker {
     Pool& pool;
     int index;  // 0 is the caller
     int count;
+    int patience = PATIENCE;  // turns of waiting before it lets others have the core
 
     // Waits until every thread is here. What was written before it is seen by all after it.
     void barrier();
@@ -58,6 +63,7 @@ class Pool {
     unsigned forks_ = 0;  // the process's fork count when the threads were made
     std::vector<std::thread>* workers_ = nullptr;
     std::mutex turn_;  // one region at a time
+    int patience_ = PATIENCE;  // the caller's, from region to region
 
     Call call_ = nullptr;
     void* argument_ = nullptr;
@@ -94,13 +100,15 @@ inline void Worker::barrier() {
         pool.phase_.store(phase + 1, std::memory_order_release);
         return;
     }
-    for (int spins = 0; pool.phase_.load(std::memory_order_acquire) == phase; ++spins) {
-        if (spins < 20000) {  // some 200 us; then the core may be needed by the thread that we wait for
+    int spins = 0;
+    for (; pool.phase_.load(std::memory_order_acquire) == phase; ++spins) {
+        if (spins < patience) {
             relax();
         } else {
             std::this_thread::yield();
         }
     }
+    patience = spins > patience ? IMPATIENCE : patience + patience / 8 < PATIENCE ? patience + patience / 8 : PATIENCE;
 }
 
 inline int Worker::next() { return pool.ticket_.fetch_add(1, std::memory_order_relaxed); }
