@@ -6,6 +6,7 @@ file in test_checkpoints_*.py; a full disk and kill -9 in training in test_sft.p
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -254,13 +255,16 @@ def test_what_the_system_refuses_is_no_bug(capsys: pytest.CaptureFixture[str], m
 # -- a full disk ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file above 2,000 bytes: what a full disk does, at a place that is always the same."""
+@contextlib.contextmanager
+def small_files(size: int) -> Iterator[None]:
+    """No file above ``size`` bytes: what a full disk does, at a place that is always the same. Not a fixture: pytest reports a test
+    before it ends its fixtures, maybe to a file that is larger."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize(
@@ -275,11 +279,10 @@ def small_files() -> Iterator[None]:
         TUNE,
     ],
 )
-def test_a_full_disk(here: Path, command: str, capsys: pytest.CaptureFixture[str], small_files: None) -> None:
-    if "data build" in command:  # too little to be packed into 2,000 bytes
-        resource.setrlimit(resource.RLIMIT_FSIZE, (300, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+def test_a_full_disk(here: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = everything(here)
-    assert call(command) == 2
+    with small_files(300 if "data build" in command else 2000):  # what that one writes would be packed into 2,000
+        assert call(command) == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
     assert "new" in lines[-1]
