@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +26,12 @@ from criadero.lora import adapters, attach, save_adapter
 from criadero.model import Llama
 from criadero.quantization.rounding import round_matrix
 
-pytestmark = pytest.mark.skipif(not native_available(), reason="the compiled kernels are not installed")
+pytestmark = [
+    pytest.mark.skipif(not native_available(), reason="the compiled kernels are not installed"),
+    pytest.mark.usefixtures("one_torch_thread"),
+]
 if native_available():
     from criadero.engine.native import OWN, NativeRunner, converted, open_weights
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """The twin's models are so small that its threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # hidden_size is a multiple of 256: GGUF's Q4_K and Q6_K need that

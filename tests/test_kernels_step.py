@@ -14,16 +14,10 @@ from criadero.kernels import native, pack
 from criadero.kernels.formats import QuantTensor
 from criadero.model import Llama
 
-pytestmark = pytest.mark.skipif(native() is None, reason="the compiled kernels are not installed")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """The twin's models are so small that its threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.skipif(native() is None, reason="the compiled kernels are not installed"),
+    pytest.mark.usefixtures("one_torch_thread"),
+]
 
 
 MODULES = {

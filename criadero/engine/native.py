@@ -378,10 +378,10 @@ def open_weights(path: Path, threads: int = 1) -> tuple[ModelConfig, Load]:
 
 def _open_gguf(path: Path, threads: int) -> tuple[ModelConfig, Load]:
     """The tensors of a GGUF file; see `criadero.checkpoints.ggml_quantised` for its formats."""
-    from criadero.checkpoints.ggml import finite
+    from criadero.checkpoints.ggml import finite, unpack_array
     from criadero.checkpoints.ggml_quantised import KEPT
     from criadero.checkpoints.gguf import _reorder, gguf_name, hf_name, read_gguf_config
-    from criadero.checkpoints.gguf_file import read_array, read_header
+    from criadero.checkpoints.gguf_file import read_header
     from criadero.checkpoints.layout import to_rotate_half
 
     header = read_header(path)
@@ -396,7 +396,7 @@ def _open_gguf(path: Path, threads: int) -> tuple[ModelConfig, Load]:
     def load(name: str) -> Weight | GgmlBlocks:
         info = header.tensors[gguf_name(name)]
         if info.kind not in KEPT or len(info.shape) != 2:
-            plain = read_array(header, info.name)
+            plain = unpack_array(whole[info.offset : info.offset + info.size], info.kind, info.shape)
             if not finite(plain):
                 raise UserError(f"{path}: tensor {info.name!r} holds values that are not finite; get the file again")
             return np.ascontiguousarray(_reorder(name, config, to_rotate_half, plain))

@@ -57,12 +57,6 @@ class QuantTensor:
         """Bytes of the numbers and their scales and minimums."""
         return self.q.nbytes + self.scales.nbytes + (0 if self.mins is None else self.mins.nbytes)
 
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits a weight, scales and minimums counted."""
-        rows, columns = self.shape
-        return 8 * self.nbytes / max(1, rows * columns)
-
     def rows(self, index: "slice | Sequence[int] | np.ndarray") -> "QuantTensor":
         """The rows `index` selects, in its order (a slice is a view): to permute, cut or look up rows without unpacking."""
         index = index if isinstance(index, slice) else np.asarray(index)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from criadero.kernels.formats import QuantTensor
 from criadero.model import ModelConfig
 from criadero.quantization.gptq import DOWN, GATE_UP, OUT, QKV, Scheme
 from criadero.quantization.layers import (
@@ -96,8 +95,3 @@ def choose(
 def cost(scheme: Scheme, columns: int) -> float:
     """Bits a weight: its own, and its share of a float16 scale."""
     return scheme[0] + 16 / (scheme[1] or columns)
-
-
-def stored_bits(state: Mapping[str, QuantTensor | torch.Tensor]) -> int:
-    """Bits of all weights as they are computed with."""
-    return sum(8 * weight.nbytes for weight in state.values())
