@@ -17,6 +17,7 @@ from rich.text import Text
 from criadero.artifact import Artifact, open_artifact
 from criadero.engine.llm import LLM
 from criadero.errors import UserError
+from criadero.summary import code_line
 from criadero.terminal import chat
 from criadero.train.hardware import peak_memory_bytes
 
@@ -94,7 +95,6 @@ def passport_lines(artifact: Artifact) -> Table:
     passport = artifact.passport
     table = Table(box=None, show_header=False, pad_edge=False)
     model, step = passport.get("model", {}), passport.get("step", {})
-    code = step.get("code", {})
     rows = passport.get("data", {}).get("by_source", [])
     licences = sorted({str(row.get("licence")) for row in rows})
     table.add_row("  id", artifact.id[:19] + "...")
@@ -104,7 +104,7 @@ def passport_lines(artifact: Artifact) -> Table:
     table.add_row(
         "  trained on", f"{int(step.get('tokens', 0)):,} tokens in {float(step.get('seconds', 0)) / 60:.0f} minutes"
     )
-    table.add_row("  by", f"{code.get('package')} (git {str(code.get('git'))[:12]})")
+    table.add_row("  by", code_line(step))
     for metric in artifact.metrics:
         if metric.get("metric") == "bits_per_byte":
             table.add_row("  held out", f"{metric['slice']}: {float(metric['value']):.3f} bits per byte")

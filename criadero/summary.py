@@ -71,7 +71,7 @@ def _describe(ref: str | Path | Artifact, context: int | None, speed: bool) -> s
         ),
     )
     add("trained", f"on {_number(step['tokens'])} tokens" if _is_count(step.get("tokens")) else "")
-    add("code", _code(step))
+    add("code", code_line(step))
     lines += _needs(facts["path"], context, speed)
     add("licence", str((facts.get("licence") or {}).get("declared") or "not declared"))
     add("owed", _owed(ref))
@@ -153,7 +153,8 @@ def _owed(ref: str | Path | Artifact) -> str:
     )
 
 
-def _code(step: dict[str, Any]) -> str:
+def code_line(step: dict[str, Any]) -> str:
+    """Which code made it, whether all of that was committed, and the seeds, from a passport's ``step``."""
     code = step.get("code") or {}
     commit = f" ({str(code['git'])[:12]}{', with changes' if code.get('dirty') else ''})" if code.get("git") else ""
     seeds = ", ".join(f"{name} {value}" for name, value in (step.get("seeds") or {}).items())
