@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +26,9 @@ from criadero.train.preflight import counted
 from criadero.train.sft import SftRecipe, prepare
 from criadero.train.texts import keep_apart, pieces_of, read_texts
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 QUICK: dict[str, Any] = {"dtype": "float32", "epochs": 6.0, "batch_tokens": 256, "micro_tokens": 256, "lr": 2e-2}
 NEW = ["<|im_start|>", "<|im_end|>"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads only wait for each other over matrices this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

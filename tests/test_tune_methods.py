@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from criadero.run import make
 from criadero.train import sft
 
 IDS = torch.randint(0, 280, (2, 17), generator=torch.Generator().manual_seed(3))
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 QUICK: dict[str, Any] = {"dtype": "float32", "epochs": 5.0, "batch_tokens": 256, "micro_tokens": 256, "lr": 2e-2}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"lora_dropout": 0.1},
@@ -33,15 +34,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "qlora8": {"method": "qlora", "base": "int8"},
     "full": {"method": "full", "lr": 5e-3},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads only wait for each other over matrices this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
