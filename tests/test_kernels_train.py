@@ -20,6 +20,20 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
 DTYPES = (torch.float32, torch.bfloat16)
 
 
+def levels_with_products() -> list[str]:
+    """The levels that have bf16 products."""
+    before, found = native.level() if LEVELS else "", []
+    for level in LEVELS:
+        native.set_level(level)
+        found += [level] if ours.has_product() else []
+    if LEVELS:
+        native.set_level(before)
+    return found
+
+
+PRODUCTS = pytest.mark.parametrize("at_level", levels_with_products(), indirect=True)
+
+
 @pytest.fixture(params=LEVELS, autouse=True)
 def at_level(request: pytest.FixtureRequest) -> Iterator[None]:
     before = native.level()
@@ -143,13 +157,12 @@ def test_the_twin_of_attention_has_the_gradient_of_autograd() -> None:
     assert torch.allclose(grad, torch.autograd.grad(want, qkv, d_out)[0], atol=1e-12)
 
 
+@PRODUCTS
 @pytest.mark.parametrize("across", [(False, False), (False, True), (True, False), (True, True)])
 @pytest.mark.parametrize(
     "shape", [(8, 64, 32), (7, 5, 2), (97, 130, 64), (13, 320, 70), (200, 100, 2050), (6, 65, 1026)]
 )
 def test_product(shape: tuple[int, int, int], across: tuple[bool, bool]) -> None:
-    if not ours.has_product():
-        pytest.skip("no bf16 products at this level")
     m, n, k = shape
     a, b = draw(0, m, k, dtype=torch.bfloat16), draw(1, k, n, dtype=torch.bfloat16)
     want = a.double() @ b.double()
@@ -168,9 +181,8 @@ def test_product(shape: tuple[int, int, int], across: tuple[bool, bool]) -> None
     near(rounded, want + residual.double(), torch.bfloat16)
 
 
+@PRODUCTS
 def test_product_of_odd_depth_and_of_parts_of_wider_rows() -> None:
-    if not ours.has_product():
-        pytest.skip("no bf16 products at this level")
     a, b = draw(0, 33, 50, dtype=torch.bfloat16), draw(1, 33, 90, dtype=torch.bfloat16)
     out = torch.zeros(20, 100)
     ours.product(a[:, 10:30], b[:, 5:75], out[:, 20:90], None, True, False, False, 2)
