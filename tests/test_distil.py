@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +19,15 @@ from criadero.chat import Example
 from criadero.checkpoints import load_model, save_hf
 from criadero.data.chats import read_chats
 from criadero.errors import UserError
+from criadero.kernels import native
 from criadero.model import Llama
 from criadero.run import make
 from criadero.tokenizer import train_bpe
-from criadero.train import distil
+from criadero.train import distil, fast
 from criadero.train.batches import rows_to_batch
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 QUICK: dict[str, Any] = {"dtype": "float32", "epochs": 6.0, "batch_tokens": 256, "micro_tokens": 256, "lr": 2e-2}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads only wait for each other over matrices this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # --- the divergence ---
@@ -125,6 +117,29 @@ def test_what_the_teacher_says_is_kept_in_the_order_of_the_examples() -> None:
     taught = distil.teach(batch, [2, 0, 3], kept)
     assert taught.teacher is not None
     assert distil.mean_divergence(model, [taught], 2.0) == pytest.approx(0, abs=2e-3)
+
+
+@pytest.mark.skipif(native() is None, reason="the compiled kernels are not installed, or turned off")
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_the_compiled_kernels_give_the_gradients_of_the_models_own_forward(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.model(scale=1.0)
+    examples = [Example(list(range(20, 20 + n)), [False] * (n // 2) + [True] * (n - n // 2)) for n in (9, 30, 14)]
+    taught = distil._taught(distil.ask(tiny.model(seed=1), examples, 6, 1.0, torch.float32, "cpu"))
+    batch = distil.teach(rows_to_batch([examples[:2], examples[2:]], 48, 0, torch.float32), [0, 1, 2], taught)
+    found = []
+    for obstacle in (None, "in a test"):
+        monkeypatch.setattr(fast, "obstacle", lambda model, said=obstacle: said)
+        model.zero_grad()
+        total, count, _ = distil.distil_loss(share, 1.0)(model, batch)
+        total.backward()
+        found.append((float(total.detach()), count, [p.grad.clone() for p in model.parameters()]))
+    (loss, count, mine), (slow_loss, slow_count, slow) = found
+    assert count == slow_count
+    assert loss == pytest.approx(slow_loss, rel=1e-5)
+    for a, b in zip(mine, slow, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
 
 
 # --- the stages ---

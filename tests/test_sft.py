@@ -18,7 +18,7 @@ import tiny
 import torch
 import zstandard
 
-from criadero import cli
+from criadero import cli, kernels
 from criadero.artifact import create, open_artifact, verify
 from criadero.chat import Example, builtin_template
 from criadero.checkpoints import load_config, load_model, save_hf, template_of, tokenizer_of
@@ -185,7 +185,7 @@ def test_the_pre_flight_says_what_will_happen(tuned: tuple[Path, str]) -> None:
         "memory     about",
         "ending     at the last step, or when 3 in a row",
         "tokens/s",
-        "float32, as asked",
+        "float32, as asked, with " + ("compiled training kernels (" if kernels.native() else "PyTorch's own kernels ("),
         "held-out loss before",
     ):
         assert word in said, word

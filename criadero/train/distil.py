@@ -29,7 +29,7 @@ from criadero.model import Llama
 from criadero.tokenizer import Tokenizer, load_tokenizer
 from criadero.train.batches import IGNORE, Batch, ExampleBatches, pack_examples, rows_to_batch
 from criadero.train.hardware import choose_dtype, keep_memory, peak_memory_bytes
-from criadero.train.loss import CHUNK, attention_for, cross_entropy_sum
+from criadero.train.loss import CHUNK, cross_entropy_sum, learned_rows
 from criadero.train.progress import say
 
 if TYPE_CHECKING:
@@ -138,8 +138,7 @@ def ask(
     log_probs = np.zeros((int(places[-1]), top_k), np.float16)
     for numbers in pack_examples(lengths, row):
         batch = rows_to_batch([[examples[i] for i in numbers]], row, 0, dtype, device)
-        hidden = model(batch.ids, positions=batch.positions, attend=attention_for(batch), return_hidden=True)
-        rows = hidden[batch.targets != IGNORE]  # [learned in this row, D], example after example
+        rows = learned_rows(model, batch)  # [learned in this row, D], example after example
         order = np.concatenate([np.arange(places[i], places[i + 1]) for i in numbers])
         for start in range(0, len(rows), CHUNK):
             scores = model.logits(rows[start : start + CHUNK]).float() / temperature  # [n, V]
@@ -327,15 +326,12 @@ def distil_loss(share: float, temperature: float) -> Callable[[Llama, Batch], tu
 
     def loss(model: Llama, batch: Batch) -> tuple[Tensor, int, dict[str, float]]:
         assert batch.teacher
-        hidden = model(batch.ids, positions=batch.positions, attend=attention_for(batch), return_hidden=True)
-        learned = batch.targets != IGNORE
-        rows, weight = hidden[learned], model.lm_head.weight  # [M, D]
+        rows, weight = learned_rows(model, batch), model.lm_head.weight  # [M, D]
         apart = divergence_sum(rows, weight, *batch.teacher, temperature)
         total = apart * (share * temperature**2)
         if share < 1:
-            total = total + cross_entropy_sum(rows, weight, batch.targets[learned]) * (1 - share)
-        count = int(learned.sum())
-        return total, count, {"divergence": float(apart.detach())}
+            total = total + cross_entropy_sum(rows, weight, batch.targets[batch.targets != IGNORE]) * (1 - share)
+        return total, len(rows), {"divergence": float(apart.detach())}
 
     return loss
 

@@ -404,9 +404,10 @@ class _Loss(torch.autograd.Function):
         return d_hidden, None, d_weight, None, None
 
 
-def loss_sum(model: Llama, batch: Batch, kernels: Any | None = None) -> tuple[Tensor, int]:
-    """The next-token losses of a batch, summed over supervised tokens (nats), and their count. ``kernels`` defaults to the compiled
-    ones; `criadero.kernels.reference_train` are their twins. Call it where `obstacle` finds none."""
+def learned_rows(model: Llama, batch: Batch, kernels: Any | None = None) -> tuple[Tensor, Tensor, Setting]:
+    """What the output layer reads at the M supervised tokens, row after row of the batch: hidden ``[M, D]``, and targets ``[M]``; the
+    setting it was computed in. ``kernels`` defaults to the compiled ones; `criadero.kernels.reference_train` are their twins. Call it
+    where `obstacle` finds none."""
     rows, config = rows_of(model, batch), model.config
     if kernels is None:
         module = native()
@@ -427,6 +428,11 @@ def loss_sum(model: Llama, batch: Batch, kernels: Any | None = None) -> tuple[Te
     learned = (rows.targets != IGNORE).nonzero()[:, 0]
     targets = rows.targets
     if len(learned) < len(targets):
-        x, targets = x[learned], targets[learned]
-    normed = _Norm.apply(x, at, model.model.norm.weight)
-    return _Loss.apply(normed, at, model.lm_head.weight, targets, torch.is_grad_enabled()), len(targets)
+        x, targets = x[learned], targets[learned]  # [M, D], [M]
+    return _Norm.apply(x, at, model.model.norm.weight), targets, at
+
+
+def loss_sum(model: Llama, batch: Batch, kernels: Any | None = None) -> tuple[Tensor, int]:
+    """The next-token losses of a batch, summed over supervised tokens (nats), and their count; see `learned_rows`."""
+    hidden, targets, at = learned_rows(model, batch, kernels)
+    return _Loss.apply(hidden, at, model.lm_head.weight, targets, torch.is_grad_enabled()), len(targets)

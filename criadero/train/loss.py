@@ -16,8 +16,7 @@ from torch import Tensor
 from criadero.model import Attend, Llama
 from criadero.train import fast
 from criadero.train.batches import IGNORE, Batch
-
-CHUNK = 2048  # rows of logits alive at once
+from criadero.train.fast import CHUNK
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -77,6 +76,15 @@ def next_token_loss(model: Llama, batch: Batch, attend: Attend | None = None) ->
     hidden = model(batch.ids, positions=batch.positions, attend=attend or attention_for(batch), return_hidden=True)
     count = int((batch.targets != IGNORE).sum())
     return cross_entropy_sum(hidden, model.lm_head.weight, batch.targets), count, {}
+
+
+def learned_rows(model: Llama, batch: Batch) -> Tensor:
+    """What the output layer reads at the M supervised tokens, row after row of the batch: hidden states ``[M, D]``, by the compiled
+    kernels where they take the model. For objectives other than `next_token_loss`, which fuses the output layer with its own."""
+    if fast.obstacle(model) is None:
+        return fast.learned_rows(model, batch)[0]
+    hidden = model(batch.ids, positions=batch.positions, attend=attention_for(batch), return_hidden=True)
+    return hidden[batch.targets != IGNORE]
 
 
 class BlockAttention:

@@ -189,9 +189,10 @@ def _question(chat: Sequence[Message]) -> str:
 
 def show(
     report: Report, tokenizer: Tokenizer, example: Example, *, base: str, method: str, trained: int, total: int, steps: int,
-    tokens: int, epochs: float, batch_tokens: int, memory: Needs, speed: float, why: str, lr: float, rule: str,
+    tokens: int, epochs: float, batch_tokens: int, memory: Needs, speed: float, why: str, code: str, lr: float,
+    rule: str,
 ) -> None:  # fmt: skip
-    """Print the pre-flight to standard error."""
+    """Print the pre-flight to standard error. ``why``: the dtype and its reason; ``code``: which code computes."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def line(name: str, value: str) -> None:
@@ -243,7 +244,7 @@ def show(
         f"{counted(epochs, 'pass', 'passes')} in {counted(steps, 'step')} of about {batch_tokens:,} tokens, lr {lr:.2g}",
     )
     line("ending", rule)
-    line("computing", f"{why}; {counted(torch.get_num_threads(), 'thread')}")
+    line("computing", f"{why}, with {code}; {counted(torch.get_num_threads(), 'thread')}")
     line("memory", f"about {memory.words()}")
     line("time", f"about {tokens / speed:,.0f} s at {speed:,.0f} tokens/s")
     sys.stderr.flush()

@@ -275,8 +275,8 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
         show(
             prepared.report, tokenizer, prepared.train[0], base=recipe.base, method=recipe.method, trained=trained,
             total=config.parameters(), steps=steps, tokens=int(epochs * prepared.report.tokens),
-            epochs=epochs, batch_tokens=batch_tokens, memory=memory, speed=speed, why=why, lr=lr,
-            rule=rule[0],
+            epochs=epochs, batch_tokens=batch_tokens, memory=memory, speed=speed, why=why,
+            code=fast.describe(model), lr=lr, rule=rule[0],
         )  # fmt: skip
         before = held_out_loss(model, evaluation)
         taught = held_out_batches(lesson.held_out, length, rows, pad, dtype, device) if lesson else []
