@@ -14,7 +14,7 @@ import pytest
 from criadero.artifact import create, open_artifact
 from criadero.errors import UserError
 from criadero.trust import openness
-from criadero.trust.export import Facts, export, facts_of
+from criadero.trust.export import Facts, export, facts_of, is_open, spdx_id
 
 FORMATS = ("cyclonedx", "spdx3", "croissant", "eu-summary", "model-doc", "hf-card", "in-toto", "openness")
 
@@ -258,3 +258,27 @@ def test_a_passport_that_lies_is_told_in_one_line(family: Path, tmp_path: Path) 
         for tell in (*(partial(export, folder, to) for to in FORMATS), partial(describe, folder)):
             with contextlib.suppress(UserError):
                 assert tell()
+
+
+@pytest.mark.parametrize(
+    ("licence", "id", "free"),
+    [
+        ("CC BY 4.0", "CC-BY-4.0", True),
+        ("cc-by-sa-3.0", "CC-BY-SA-3.0", True),
+        ("Apache-2.0 / PSF-2.0", None, True),
+        ("CC-BY-NC-4.0 OR MIT", None, True),
+        ("CC BY-NC 4.0", "CC-BY-NC-4.0", False),
+        ("llama2", None, False),
+        ("Verdant-1.0", None, False),
+        ("unknown", None, False),
+        (None, None, False),
+    ],
+)
+def test_licences_are_read_by_the_one_table_of_terms(licence: str | None, id: str | None, free: bool) -> None:
+    assert (spdx_id(licence), is_open(licence)) == (id, free)
+
+
+def test_the_model_form_names_what_the_base_read() -> None:
+    text = export("cria-chat", "model-doc")
+    assert "05-chats (Apache-2.0)" in text
+    assert "eltec_spa (CC-BY-4.0, read by cria)" in text

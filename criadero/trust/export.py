@@ -15,17 +15,13 @@ from typing import Any
 from criadero.artifact import Artifact, open_artifact
 from criadero.errors import UserError
 from criadero.recipe import nearest
+from criadero.trust.licence_names import id_of, read_licence, table
 
 MODELS = ("base", "chat", "adapter", "model", "quantised")
-OPEN = {
-    "apache-2.0": "Apache-2.0", "mit": "MIT", "bsd-3-clause": "BSD-3-Clause", "bsd-2-clause": "BSD-2-Clause", "isc": "ISC",
-    "cc0-1.0": "CC0-1.0", "cc-by-4.0": "CC-BY-4.0", "cc-by-3.0": "CC-BY-3.0", "cc-by-sa-4.0": "CC-BY-SA-4.0",
-    "cc-by-sa-3.0": "CC-BY-SA-3.0", "mpl-2.0": "MPL-2.0", "gpl-3.0-only": "GPL-3.0-only", "unlicense": "Unlicense",
-    "odc-by-1.0": "ODC-By-1.0", "psf-2.0": "PSF-2.0",
-}  # fmt: skip
-KNOWN = OPEN | {
-    "cc-by-nc-4.0": "CC-BY-NC-4.0", "cc-by-nc-sa-4.0": "CC-BY-NC-SA-4.0", "cc-by-nd-4.0": "CC-BY-ND-4.0",
-    "cc-by-nc-nd-4.0": "CC-BY-NC-ND-4.0",
+# terms of terms.toml that no licence of an open work has
+_CLOSED = {
+    "no_permission", "no_sharing", "non_commercial", "no_derivatives", "use_policy", "restrictions", "output_ban", "no_compete",
+    "mau", "region",
 }  # fmt: skip
 
 
@@ -67,6 +63,17 @@ class Facts:
         return rows or self.sources
 
     @property
+    def read(self) -> list[tuple[Mapping[str, Any], str | None]]:
+        """Every by-source row, its own first, with the name of the model behind it that read the source (None: itself)."""
+        rows: list[tuple[Mapping[str, Any], str | None]] = [
+            (row, None) for row in self.table("data").get("by_source") or []
+        ]
+        for one in self.chain:
+            if one is not self.passport:
+                rows += [(row, str(one["name"])) for row in (one.get("data") or {}).get("by_source") or []]
+        return rows
+
+    @property
     def languages(self) -> list[str]:
         for one in (self.passport, *self.ancestors):
             if found := (one.get("data") or {}).get("by_language"):
@@ -101,9 +108,21 @@ def facts_of(artifact: Artifact) -> Facts:
     return Facts(artifact.passport, tuple(artifact.ancestors()))
 
 
-def spdx_id(licence: str | None, known: Mapping[str, str] = KNOWN) -> str | None:
-    """The SPDX identifier that a licence is written as here, when it is one of the common ones."""
-    return known.get((licence or "").strip().lower())
+def spdx_id(licence: str | None) -> str | None:
+    """The SPDX identifier of a licence that is one, however it is written ("CC BY 4.0"); None for several, and for other words."""
+    reading = read_licence(licence)
+    if len(reading.choices) != 1 or len(reading.choices[0]) != 1 or reading.unknown or reading.exceptions:
+        return None
+    id = id_of(next(iter(reading.choices[0])))
+    return None if id.startswith("LicenseRef-") else id
+
+
+def is_open(licence: str | None) -> bool:
+    """Whether a licence, and each of several that hold together, is known and leaves everybody free to use, change and share."""
+    reading = read_licence(licence)
+    if not reading.choices or reading.unknown:
+        return False
+    return _CLOSED.isdisjoint(term["id"] for key in reading.choices[0] for term in table()[key].get("terms", ()))
 
 
 def urls_of(row: Mapping[str, Any]) -> list[str]:

@@ -74,9 +74,7 @@ def eu_summary(facts: Facts, lang: str = "en") -> str:
     lines = [f"# {t['title']}: {facts.name}", "", t["law"], ""]
 
     def field(label: str, value: str | None) -> None:
-        if not value:
-            missing.append(t[label])
-        lines.append(f"- **{t[label]}**: {value or t['missing']}")
+        lines.append(_filled(t[label], value, t["missing"], missing, t[label]))
 
     lines += [f"## {t['s1']}", "", f"### {t['s11']}", ""]
     supplier = p.get("supplier") or {}
@@ -92,9 +90,7 @@ def eu_summary(facts: Facts, lang: str = "en") -> str:
         lines += ["", t["base_note"]]
     lines += ["", f"### {t['s13']}", ""]
     field("modalities", ", ".join(facts.table("model").get("modalities") or []))
-    rows = [(row, None) for row in data.get("by_source") or []]
-    for one in facts.chain[1:]:
-        rows += [(row, str(one["name"])) for row in (one.get("data") or {}).get("by_source") or []]  # type: ignore[misc]
+    rows = facts.read
     tokens = sum(count(row.get("tokens")) or 0 for row, _ in rows)
     bands = t["bands"].split("|")
     band = bands[0 if tokens < 10**9 else 1 if tokens <= 10**13 else 2]
@@ -131,6 +127,13 @@ def eu_summary(facts: Facts, lang: str = "en") -> str:
             reasons[why] = reasons.get(why, 0) + int(n)
     field("other", ", ".join(f"{why.replace('_', ' ')} {n:,}" for why, n in sorted(reasons.items())))
     return "\n".join(lines + _missing(missing, t["missing_list"], t["missing_note"])) + "\n"
+
+
+def _filled(label: str, value: str | None, absent: str, missing: list[str], listed: str) -> str:
+    """One field of a form; an empty one is added to what is missing, under the name `listed`."""
+    if not value:
+        missing.append(listed)
+    return f"- **{label}**: {value or absent}"
 
 
 def _sources(rows: list[Any], t: Mapping[str, str]) -> list[str]:
@@ -172,7 +175,8 @@ def model_doc(facts: Facts) -> str:
     whole = all(row.get("relation") != "finetune_of" or row.get("verified") for _, row in facts.inputs())
     energy = facts.energy()
     use = p.get("use") or {}
-    sources = facts.sources
+    by_model = facts.read or [(row, None) for row in facts.sources]
+    sources = [row for row, _ in by_model]
     filters = sorted({str(why) for row in sources for why in (row.get("removed") or {})})
     shape = [
         f"{key.replace('_', ' ')} {model[key]}" for key in sorted(model) if not isinstance(model[key], list | dict)
@@ -217,7 +221,7 @@ def model_doc(facts: Facts) -> str:
         ]),
         ("Data used for training, testing and validation", [
             ("Type and modality", "text" if sources else None),
-            ("Provenance", "; ".join(f"{row.get('name')} ({row.get('licence') or 'licence unknown'})" for row in sources) or None),
+            ("Provenance", "; ".join(_provenance(row, by) for row, by in by_model) or None),
             ("How data were obtained and selected", f"files named by the recipe; removed by: {', '.join(filters)}" if filters else None),
             ("Number of data points", _points(data, sources)),
             ("Scope and main characteristics", f"languages: {', '.join(facts.languages)}" if facts.languages else None),
@@ -238,12 +242,14 @@ def model_doc(facts: Facts) -> str:
     ]  # fmt: skip
     for title, fields in sections:
         lines += [f"## {title}", ""]
-        for label, value in fields:
-            if not value:
-                missing.append(f"{title}: {label}")
-            lines.append(f"- **{label}**: {value or _ABSENT}")
+        lines += [_filled(label, value, _ABSENT, missing, f"{title}: {label}") for label, value in fields]
         lines.append("")
     return "\n".join(lines[:-1] + _missing(missing, "What is missing", "To be completed by the provider:")) + "\n"
+
+
+def _provenance(row: Mapping[str, Any], by: str | None) -> str:
+    licence = row.get("licence") or "licence unknown"
+    return f"{row.get('name')} ({licence}{f', read by {by}' if by else ''})"
 
 
 def _two(number: int | None) -> str:

@@ -282,6 +282,15 @@ def _attribution(one: Bound, case: Case) -> Iterator[Finding]:
     yield one.finding("duty", "attribution", done=done, fixable=not done, values={"credit": one.reach.node.credit})
 
 
+def _changes(one: Bound, case: Case) -> Iterator[Finding]:
+    """Done when the folder's README says what it was made from, as the card that every model gets does."""
+    texts = "\n".join(_present(case, r"(readme|notice)[^/]*"))
+    said = r"(?:made from|based on|fine-?tuned? (?:of|from)|hech[oa] a partir de|base_model:)\W{0,4}" + re.escape(
+        one.reach.node.name
+    )
+    yield one.finding("duty", "changes", done=re.search(said + r"(?!\w)", texts, re.I) is not None)
+
+
 def _keep_text(one: Bound, case: Case) -> Iterator[Finding]:
     met = any(recognise(text) == one.key for text in _present(case, r"(licen[cs]es?/.*|licen[cs]e[^/]*|copying[^/]*)"))
     yield one.finding("duty", "keep-text", done=met, fixable=not met)
@@ -339,7 +348,7 @@ RULES: dict[str, Rule] = {
     "no_sharing": _when_given_on("no-sharing"),
     "no_permission": _always("conflict", "no-permission"),
     "weak_share_alike": _always("duty", "share-alike-part"),
-    "changes": _always("duty", "changes"),
+    "changes": _changes,
     "source_code": _always("duty", "source-code"),
     "restrictions": _always("duty", "restrictions"),
     "use_policy": _always("duty", "use-policy"),

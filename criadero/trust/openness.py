@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from criadero.trust.export import MODELS, OPEN, Facts, dumps, spdx_id, urls_of
+from criadero.trust.export import MODELS, Facts, dumps, is_open, urls_of
 
 _CODE = "criadero, Apache-2.0, of the version and commit that the passport names"
 CLASSES: dict[str, tuple[str, ...]] = {
@@ -29,10 +29,10 @@ def components(facts: Facts) -> dict[str, tuple[bool, str]]:
     roles = {str(row.get("role")) for row in p["files"]}
     names = {row["path"].rpartition("/")[2].lower() for row in p["files"]}
     ours = bool((facts.table("step").get("code") or {}).get("package"))
-    open_weights = spdx_id(facts.licence, OPEN)
+    open_weights = is_open(facts.licence)
     whole = facts.kind in MODELS and "weights" in roles
     sources = facts.all_sources
-    closed = sorted({str(row.get("licence")) for row in sources if not spdx_id(str(row.get("licence")), OPEN)})
+    closed = sorted({str(row.get("licence")) for row in sources if not is_open(row.get("licence"))})
     unreachable = [str(row.get("name")) for row in sources if not urls_of(row)]
     unknown = [str(row.get("name")) for made, row in facts.inputs()
                if not row.get("verified") and row.get("relation") in ("finetune_of", "merged_from", "converted_from")]  # fmt: skip
