@@ -85,7 +85,7 @@ def demo() -> None:
 @app.command()
 def chat(
     model: Annotated[
-        str, typer.Argument(metavar="[MODEL]", help="a bundled model, a folder, or a .gguf file")
+        str, typer.Argument(metavar="MODEL", help="a bundled model, a folder, or a .gguf file")
     ] = "cria-chat",
     system: Annotated[str | None, typer.Option(help="the system message")] = None,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token")] = 0.3,
@@ -100,8 +100,7 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal; /help there lists its commands. Piped, each line is a question: echo hi | criadero chat
 
-    The last answer is kept for this user alone, in criadero/last-answer.json under $XDG_STATE_HOME (~/.local/state), and what was
-    typed in chat-history beside it: criadero trace --last says where the answer came from.
+    The last answer and what was typed are kept for you alone, under $XDG_STATE_HOME (~/.local/state): see criadero trace --last.
     """
     from criadero.terminal import chat as talk
 

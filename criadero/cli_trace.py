@@ -36,9 +36,9 @@ def _given(text: str) -> str:
 
 def trace(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="the model that wrote the text: a bundled one, or a folder")
+        str | None, typer.Argument(metavar="MODEL", help="the model that wrote the text: a bundled one, or a folder")
     ] = None,
-    text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="the text, or - to read it from input")] = None,
+    text: Annotated[str | None, typer.Argument(metavar="TEXT", help="the text, or - to read it from input")] = None,
     last: Annotated[bool, typer.Option("--last", help="the last answer of criadero chat, instead of TEXT")] = False,
     index: IndexOption = None,
     min_tokens: Annotated[int, typer.Option(help="the shortest run that counts", min=2)] = 8,

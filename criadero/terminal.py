@@ -112,7 +112,7 @@ def chat(
     live = lines is None and sys.stdin.isatty() and console.is_terminal
     if live:
         console.print(_greeting(llm))
-        console.print(Text(f"Type a message; /help for commands, /exit to leave.\n{KEYS}.\n", style="dim"))
+        console.print(Text(f"Type a message; /help for commands, /exit to leave. {KEYS}.\n", style="dim"))
     for line in lines if lines is not None else _typed(talk, console) if live else _piped():
         text = line.strip()
         if not text:
@@ -362,7 +362,7 @@ def _change_model(talk: Talk, ref: str) -> str:
     except UserError as error:
         return f"error: {error}"
     talk.ref, talk.took = ref, "this model has answered nothing yet"
-    return f"{_greeting(talk.llm).plain}; it has read the conversation so far"
+    return f"{_greeting(talk.llm).plain}; it sees the conversation so far"
 
 
 def stats(talk: Talk) -> str:

@@ -187,7 +187,7 @@ def test_another_model_goes_on_with_the_conversation(
     assert "error: no such model 'nowhere'" in terminal.command(talking, "/model nowhere")
     assert "has no chat template" in terminal.command(talking, "/model plain")
     assert talking.ref == "base"
-    assert "it has read the conversation so far" in terminal.command(talking, "/model other")
+    assert "it sees the conversation so far" in terminal.command(talking, "/model other")
     assert (talking.ref, talking.llm.path, talking.messages) == ("other", Path("other"), before)
     talking.require_passport = True
     (tmp_path / "third").mkdir()
