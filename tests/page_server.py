@@ -136,6 +136,7 @@ class World:
         self.comparisons: dict[str, dict[str, Any]] = {}
         self.votes: list[dict[str, str]] = []
         self.consent = False
+        self.default = "cria-chat"
         self.asked: list[dict[str, Any]] = []  # bodies of requests for answers
         return counts
 
@@ -277,7 +278,8 @@ def call(world: World, method: str, path: str, query: dict[str, str], body: dict
             world.consent = bool(body["feedback_consent"])
             return call(world, "GET", path, query, body)
         case ["GET", "api", "models"]:
-            return {"models": MODELS}
+            first = world.default
+            return {"models": sorted(MODELS, key=lambda one: one["id"] != first), "default": first}
         case ["GET", "api", "chats"]:
             want = query.get("query", "").lower()
             rows = [

@@ -254,6 +254,19 @@ def test_system_prompt_sampling_and_model(open_page: Any, world: page_server.Wor
     assert chat["model"] == "shop"
 
 
+def test_the_default_model_is_chosen_until_another_is_picked(open_page: Any, world: page_server.World) -> None:
+    world.default = "shop"  # an adapter that was named, on a base that is in memory already
+    page = open_page()
+    model = page.get_by_role("combobox", name="Model")
+    expect(model).to_have_value("shop")
+    model.select_option("cria")
+    page.reload()
+    expect(model).to_have_value("cria")
+    world.default = "cria-chat"  # started for another one: what was picked then says nothing
+    page.reload()
+    expect(model).to_have_value("cria-chat")
+
+
 def test_probabilities_by_pointer_and_keyboard(open_page: Any, world: page_server.World) -> None:
     chat = world.chat(title="p")["id"]
     question = world.message(chat, None, "user", "hi")

@@ -41,7 +41,12 @@ def text(live: Live, model: str) -> str:
 def test_an_adapter_is_a_name_beside_its_base(places: Path) -> None:
     base, one = places / "base", places / "one"
     with serving(Settings(models=(str(one),), adapters=places / "watched")) as live:
-        assert sorted(row["id"] for row in live.get("/v1/models").json()["data"]) == ["base", "one"]
+        # it was named, its base came with it: it is the default one, which lists say first
+        assert [row["id"] for row in live.get("/v1/models").json()["data"]] == ["one", "base"]
+        page = live.get("/api/models").json()
+        assert (page["default"], [row["id"] for row in page["models"]]) == ("one", ["one", "base"])
+        wait_for(lambda: live.get("/ready").status_code == 200)
+        assert [row["loaded"] for row in live.get("/api/models").json()["models"]] == [True, True]
         alone = LLM(base).complete(PROMPT, max_tokens=12, ignore_eos=True).text
         adapted = LLM(base)
         adapted.load_adapter("one", one)
@@ -64,8 +69,16 @@ def test_an_adapter_is_a_name_beside_its_base(places: Path) -> None:
         # another appears while the server runs
         assert live.post("/v1/completions", {**ASK, "model": "two"}).status_code == 404
         make(places / "watched" / "two", base, 2)
+        assert not live.get("/v1/models/two").json()["criadero"]["loaded"]  # its base is, but not it
         assert text(live, "two") not in (alone, known)
+        assert live.get("/v1/models/two").json()["criadero"]["loaded"]
         assert "two" in [row["id"] for row in live.get("/v1/models").json()["data"]]
+        # one that cannot be read says nothing of the default model
+        make(places / "watched" / "broken", base, 3)
+        assert live.get("/v1/models/broken").status_code == 200
+        (places / "watched" / "broken" / "adapter_model.safetensors").write_bytes(b"no weights")
+        assert live.post("/v1/completions", {**ASK, "model": "broken"}).status_code == 503
+        assert live.get("/ready").status_code == 200
 
 
 def test_models_make_room_for_each_other(places: Path) -> None:
@@ -88,6 +101,9 @@ def test_models_make_room_for_each_other(places: Path) -> None:
         assert "retry-after" in refused.headers
         bodies["other"].users -= 1
         assert text(live, "base") == first
+        assert text(live, "other") == second
+        assert live.get("/ready").status_code == 200  # the default model comes back when it is asked for
+        assert text(live, "base") == first
         assert 'criadero:model_loaded{model_name="other"} 0.0' in live.get("/metrics").text
 
 
@@ -108,8 +124,8 @@ def test_a_base_model_does_not_chat(tmp_path: Path) -> None:
 
 
 def test_an_empty_name_is_the_default_model(places: Path) -> None:
-    with serving(Settings(models=(str(places / "base"),), any_model=True)) as live:
-        assert text(live, "") == text(live, "base") == text(live, "gpt-5.4")
+    with serving(Settings(models=(str(places / "base"),))) as live:
+        assert text(live, "") == text(live, "base")
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:

@@ -21,14 +21,14 @@ async def health() -> dict[str, str]:
 
 @router.get("/ready")
 async def ready(request: Request) -> Response:
-    """200 when the default model is in memory and the server is not shutting down; else 503 with the reason."""
+    """200 once the default model has been loaded and while the server is not shutting down; else 503 with the reason."""
     service = service_of(request)
     if service.admission.draining:
         return JSONResponse({"status": "draining"}, 503, {"Retry-After": "5"})
     entry = service.pool.entries[service.pool.default]
-    if entry.body.problem:
-        return JSONResponse({"status": "failed", "problem": entry.body.problem}, 503)
-    if not entry.loaded and service.settings.idle_unload is None:
+    if entry.problem:
+        return JSONResponse({"status": "failed", "problem": entry.problem}, 503)
+    if not entry.was_loaded:
         return JSONResponse({"status": "loading"}, 503, {"Retry-After": "1"})
     return JSONResponse({"status": "ready"})
 

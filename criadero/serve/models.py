@@ -46,7 +46,6 @@ class Body:
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
     users: int = 0
     last_used: float = field(default_factory=time.monotonic)
-    problem: str = ""  # why it could not be loaded
     reserved: bool = False  # memory is kept for it: it is being loaded
     weights_sha256: str = ""
     runner: str = ""
@@ -68,11 +67,17 @@ class Entry:
     passport_id: str | None = None
     adapter_sha256: str | None = None
     adapter_loaded: bool = False
+    problem: str = ""  # why it could not be loaded
 
     @property
     def loaded(self) -> bool:
         """Whether it can answer without being loaded first."""
-        return self.body.worker is not None
+        return self.body.worker is not None and (self.adapter_loaded or not self.adapter)
+
+    @property
+    def was_loaded(self) -> bool:
+        """Whether it has ever been in memory: it can be had again when it had to make room."""
+        return bool(self.adapter_sha256 if self.adapter else self.body.weights_sha256)
 
     @property
     def template_sha256(self) -> str | None:
@@ -146,8 +151,6 @@ class Pool:
         if entry is None:
             self._scan()
             entry = self.entries.get(name)
-        if entry is None and self.settings.any_model:
-            return self.entries[self.default]
         if entry is None:
             near = difflib.get_close_matches(name, self.entries, n=1)
             advice = f"did you mean {near[0]!r}?" if near else "there are " + ", ".join(sorted(self.entries))
@@ -155,9 +158,9 @@ class Pool:
         return entry
 
     def listed(self) -> list[Entry]:
-        """All entries, those new in the watched folder too."""
+        """All entries, the default one first, those new in the watched folder too."""
         self._scan()
-        return list(self.entries.values())
+        return sorted(self.entries.values(), key=lambda entry: entry.name != self.default)
 
     def _scan(self) -> None:
         folder = self.settings.adapters
@@ -231,10 +234,11 @@ class Pool:
                     await asyncio.to_thread(worker.llm.load_adapter, entry.name, entry.path)
                     entry.adapter_sha256 = await asyncio.to_thread(weights_sha256, entry.path)
                     entry.adapter_loaded = True
+                entry.problem = ""
                 return worker
         except UserError as error:
             self.release(entry)
-            body.problem = public(str(error))
+            entry.problem = public(str(error))
             log.warning("%s cannot be loaded: %s", entry.name, error)
             raise ApiError(503, "model_not_loadable", f"{entry.name}: {public(str(error))}", "model") from None
         except BaseException:
@@ -255,7 +259,7 @@ class Pool:
         llm = LLM(body.path, sequences=settings.sequences, chunk=settings.chunk, **options)
         body.weights_sha256 = weights_sha256(body.path)
         body.runner = llm.runner.name
-        body.worker, body.problem = Worker(llm, name), ""
+        body.worker = Worker(llm, name)
         body.last_used = time.monotonic()
         log.info("%s is loaded (%s, %.1f s)", name, llm.runner.name, time.monotonic() - began)
 

@@ -119,7 +119,7 @@ async def change_me(body: Me, request: Request) -> Response:
 
 @router.get("/models")
 async def models(request: Request) -> Response:
-    """The models that can answer."""
+    """The models that can answer, the default one first."""
     service = service_of(request)
     found = [
         {
@@ -129,7 +129,7 @@ async def models(request: Request) -> Response:
         }
         for entry in await asyncio.to_thread(service.pool.listed)
     ]  # fmt: skip
-    return json_response({"models": found})
+    return json_response({"models": found, "default": service.pool.default})
 
 
 # -- chats ------------------------------------------------------------------------------------------------------------

@@ -63,7 +63,6 @@ class Settings:
     require_key: bool = False
     allowed_hosts: tuple[str, ...] = ()
     keep_prompts: bool = False  # receipts hold the ids of prompt and answer, so that any answer can be replayed
-    any_model: bool = False  # a name nobody knows means the default model: for suites written for other names
     limits: Limits = field(default_factory=Limits)
     ping_seconds: float = 10.0
     drain_seconds: float = 30.0

@@ -82,7 +82,7 @@ const id = encodeURIComponent
 export const api = {
   me: () => json<Me>('GET', 'api/me'),
   setConsent: (feedback_consent: boolean) => json<Me>('PUT', 'api/me', { feedback_consent }),
-  models: async () => (await json<{ models: Model[] }>('GET', 'api/models')).models,
+  models: () => json<{ models: Model[]; default: string }>('GET', 'api/models'),
   chats: (query: string, before: string | null, signal?: AbortSignal) => {
     const search = new URLSearchParams({ limit: '50' })
     if (query) search.set('query', query)

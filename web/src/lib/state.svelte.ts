@@ -89,12 +89,18 @@ class Page {
 
   #stop: AbortController | null = null
   #asked = 0
+  #usual = '' // the server's default model
 
   children = $derived(childrenOf(this.chat?.messages ?? []))
   path = $derived(pathOf(this.children, this.chosen))
   busy = $derived(this.live !== null && this.live.fault === null ? true : (this.duel?.running ?? false))
   current = $derived(this.models.find((one) => one.id === this.model) ?? null)
   dropped = $derived(new Set(this.context?.dropped ?? []))
+
+  /** What was picked beside one default says nothing of a server that was started for another. */
+  get #modelKey(): string {
+    return `criadero.model.${this.#usual}`
+  }
 
   /** What a first question waits for when it is quicker than the page. */
   starting: Promise<void> = Promise.resolve()
@@ -109,11 +115,12 @@ class Page {
     try {
       this.me = await api.me()
       this.needsKey = false
-      const [models] = await Promise.all([api.models(), this.refresh()])
-      this.models = models
+      const [found] = await Promise.all([api.models(), this.refresh()])
+      this.models = found.models
+      this.#usual = found.default
       if (!this.models.some((one) => one.id === this.model)) {
-        const kept = stored('criadero.model')
-        this.model = (this.models.find((one) => one.id === kept) ?? this.models.find((one) => one.loaded) ?? this.models[0])?.id ?? ''
+        const kept = stored(this.#modelKey)
+        this.model = this.models.find((one) => one.id === kept)?.id ?? this.#usual
       }
       await this.go()
     } catch (error) {
@@ -205,7 +212,7 @@ class Page {
 
   async pickModel(id: string): Promise<void> {
     this.model = id
-    keep('criadero.model', id)
+    keep(this.#modelKey, id)
     if (this.chat) await this.save({ model: id })
     void this.measure()
   }
