@@ -18,7 +18,7 @@ from criadero.serve.errors import ApiError, of_user_error
 from criadero.serve.params import Body, honoured
 from criadero.serve.storing import checked_id, kept, missing, store_of
 from criadero.trust.search import Index
-from criadero.trust.trace import _absent, data_of, index_for, trace
+from criadero.trust.trace import absent_from, data_of, index_for, trace
 
 router = APIRouter()
 # of a model: its index (mapped files: what is not read costs nothing), and how many of the sources it learned from are in none
@@ -57,7 +57,7 @@ def _trace(model: Path, text: str, min_tokens: int) -> dict[str, Any]:
         if model not in _indexes:
             try:
                 index, (_, learned) = index_for(model), data_of(model)
-                absent = len(_absent(open_artifact(index.path), learned))
+                absent = len(absent_from(open_artifact(index.path), learned))
                 _indexes[model] = index, {"sources": sum(map(bool, learned.values())), "not_in_the_index": absent}
             except UserError as error:
                 why = str(error).replace("and give it with --index DIR", "and put it beside the model's folder")

@@ -282,7 +282,7 @@ def index_for(model: str | Path | Artifact, given: str | Path | None = None) -> 
     else:
         artifact = _nearest_index(resolve(model).parent, learned, name)
         opened = open_index(artifact)
-    if absent := _absent(artifact, learned):
+    if absent := absent_from(artifact, learned):
         some = ", ".join(absent[:3]) + (" ..." if len(absent) > 3 else "")
         print(
             f"note: {opened.path} holds a part of what {name} learned from; not in it: {some} ({len(absent)} of "
@@ -307,7 +307,7 @@ def _nearest_index(beside: Path, learned: dict[str, str], name: str) -> Artifact
             f"no index of what {name} was trained on lies beside it: build one (criadero data index TOKENS --out DIR) and "
             "give it with --index DIR"
         )
-    return min(found, key=lambda one: len(_absent(one, learned)))
+    return min(found, key=lambda one: len(absent_from(one, learned)))
 
 
 def _is_part(index: Artifact, learned: dict[str, str]) -> bool:
@@ -326,7 +326,7 @@ def _is_part(index: Artifact, learned: dict[str, str]) -> bool:
     return True
 
 
-def _absent(index: Artifact, learned: dict[str, str]) -> list[str]:
+def absent_from(index: Artifact, learned: dict[str, str]) -> list[str]:
     """The names of what a model learned from, as far back as it is known, that an index does not hold."""
     held = {tokens_id(index), *_learned(index)}
     return sorted({name for id, name in learned.items() if name and id not in held})
