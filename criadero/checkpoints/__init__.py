@@ -30,7 +30,7 @@ from criadero.checkpoints.packed import (
     write_quantised,
 )  # fmt: skip
 from criadero.checkpoints.safetensors_hf import read_config, read_hf, read_json, save_hf
-from criadero.checkpoints.states import build
+from criadero.checkpoints.states import build, fill
 from criadero.config import ModelConfig
 from criadero.errors import UserError
 from criadero.kernels.formats import QuantTensor
@@ -123,11 +123,7 @@ def load_frozen(ref: Ref, *, dtype: torch.dtype, device: str | torch.device = "c
             setattr(model.get_submodule(parent), child, QuantLinear(weight, dtype, device))
         else:
             plain[name] = to_torch(weight).to(device=device, dtype=dtype)
-    if config.tie_word_embeddings:
-        plain["lm_head.weight"] = plain["model.embed_tokens.weight"]
-    model.load_state_dict(plain, assign=True)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+    fill(model, plain)
     return model.requires_grad_(False).eval()
 
 

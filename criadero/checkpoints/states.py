@@ -101,13 +101,18 @@ def build(
     dtype = dtype or stored_dtype(state)
     with torch.device("meta"):
         model = Llama(config)
-    moved = {name: tensor.to(device=device, dtype=dtype) for name, tensor in state.items()}
-    if config.tie_word_embeddings:
-        moved["lm_head.weight"] = moved["model.embed_tokens.weight"]
-    model.load_state_dict(moved, assign=True)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+    fill(model, {name: tensor.to(device=device, dtype=dtype) for name, tensor in state.items()})
     return model.requires_grad_(True).eval()
+
+
+def fill(model: Llama, state: dict[str, Tensor]) -> None:
+    """Give a model of no memory its tensors, as they are; a tied output matrix is the embedding itself."""
+    tied = model.config.tie_word_embeddings
+    if tied:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state, assign=True)
+    if tied:  # assigning made two parameters of it
+        model.lm_head.weight = model.model.embed_tokens.weight
 
 
 def state_of(model_or_state: Llama | Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
