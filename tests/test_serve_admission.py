@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -136,6 +137,10 @@ class Keys:
             raise OSError(28, "No space left on device")
         self.receipts.append((owner, receipt))
 
+    def tokens_since(self, owner: str, key: str, since: float) -> int:
+        mine = [one for whose, one in self.receipts if whose == owner and one["key"] == key and one["created"] >= since]
+        return sum(one["usage"]["prompt"] + one["usage"]["completion"] for one in mine)
+
 
 def test_limits_of_keys_and_receipts() -> None:
     store = Keys()
@@ -166,6 +171,8 @@ def test_limits_of_keys_and_receipts() -> None:
         gone = ask("leo-key", max_tokens=400)
         assert (gone.status_code, gone.json()["error"]["code"]) == (429, "token_quota_exceeded")
         assert gone.headers["x-should-retry"] == "false"
+        left = re.search(r"has (\d+) of 60 tokens left", gone.json()["error"]["message"])
+        assert left
         # receipts are the owner's, and without prompts unless that is asked for
         assert {owner for owner, _ in store.receipts} == {"ana", "eva", "leo"}
         receipt = store.receipts[0][1]
@@ -185,6 +192,11 @@ def test_limits_of_keys_and_receipts() -> None:
         assert answer.status_code == 200
         assert not answer.json()["criadero"]["receipt"]["kept"]
         assert live.service.admission._answers == {}
+    # the day's tokens outlive the process
+    with serving(Settings(models=(MODEL,), require_key=True), store=store) as again:
+        gone = again.chat(headers={"x-api-key": "leo-key"}, max_tokens=400)
+        assert gone.status_code == 429
+        assert f"has {left[1]} of 60 tokens left" in gone.json()["error"]["message"]
 
 
 def test_a_server_that_drains_takes_no_more(live: Live) -> None:

@@ -53,6 +53,9 @@ class Receipts:
             raise OSError("database is locked")
         self.kept.append((owner, receipt))
 
+    def tokens_since(self, owner: str, key: str, since: float) -> int:
+        raise OSError("database is locked")
+
 
 @pytest.fixture(scope="module")
 def live() -> Iterator[Live]:

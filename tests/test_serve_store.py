@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import sqlite3
@@ -51,6 +52,7 @@ def filled(store: Store, owner: str, text: str = "hola") -> dict[str, str]:
         owner,
         {
             "id": receipt,
+            "key": f"key_{owner}",
             "usage": {"prompt": 7, "completion": 5},
             "prompt_ids": [1],
             "paths": {"model": "/x"},
@@ -104,7 +106,6 @@ def test_a_chat_is_a_tree_of_messages(store: Store) -> None:
     other = store.add_chat("ana")["id"]
     assert store.path("ana", other, last["id"]) is None
     assert store.add_message("ana", other, {"parent": last["id"], "role": "user", "content": "d"}) is None
-    assert store.chat_of("ana", left["id"]) == chat
     assert store.delete_chat("ana", chat)
     assert store.messages("ana", chat) == []
     assert store.chat("ana", chat) is None
@@ -188,7 +189,6 @@ def test_every_method_sees_only_its_owners_rows(store: Store) -> None:
         "delete_chat": lambda: store.delete_chat("eva", mine["chat"]),
         "add_message": lambda: store.add_message("eva", mine["chat"], {"parent": None, "role": "user", "content": "x"}),
         "message": lambda: store.message("eva", mine["message"]),
-        "chat_of": lambda: store.chat_of("eva", mine["message"]),
         "messages": lambda: store.messages("eva", mine["chat"]),
         "path": lambda: store.path("eva", mine["chat"], mine["message"]),
         "set_feedback": lambda: store.set_feedback("eva", mine["message"], rating=1, better=None),
@@ -205,7 +205,7 @@ def test_every_method_sees_only_its_owners_rows(store: Store) -> None:
         "add_receipt": None,  # its id is unique: see below
         "receipt": lambda: store.receipt("eva", mine["receipt"]),
         "delete_receipt": lambda: store.delete_receipt("eva", mine["receipt"]),
-        "tokens_since": lambda: store.tokens_since("eva", 0) - 12,  # her own
+        "tokens_since": lambda: store.tokens_since("eva", "key_ana", 0),
         "add_response": None,
         "response": lambda: store.response("eva", mine["response"]),
         "delete_response": lambda: store.delete_response("eva", mine["response"]),
@@ -301,8 +301,9 @@ def test_keys_are_found_by_hash_until_they_are_revoked(store: Store) -> None:
 
 def test_receipts_count_tokens_and_go_with_their_chat(store: Store) -> None:
     mine = filled(store, "ana")
-    assert store.tokens_since("ana", time.time() - 60) == 12
-    assert store.tokens_since("ana", time.time() + 60) == 0
+    assert store.tokens_since("ana", "key_ana", time.time() - 60) == 12
+    assert store.tokens_since("ana", "key_ana", time.time() + 60) == 0
+    assert store.tokens_since("ana", "key_other", 0) == 0
     seen, whole = store.receipt("ana", mine["receipt"]), store.any_receipt(mine["receipt"])
     assert seen
     assert whole == seen | {"paths": {"model": "/x"}}
@@ -495,6 +496,15 @@ def test_an_older_schema_is_migrated_once(store: Store, monkeypatch: pytest.Monk
             assert connection.execute(sa.select(tables.schema.c.version)).scalar() == tables.VERSION
         assert again.export("ana") | {"exported": 0} == before | {"exported": 0}
         again.close()
+
+
+def test_a_database_of_the_first_version_is_migrated(store: Store) -> None:
+    with store.engine.begin() as connection:
+        connection.exec_driver_sql('ALTER TABLE receipts DROP COLUMN "key"')
+        connection.execute(tables.schema.update().values(version=1))
+    with contextlib.closing(open_store(store.engine.url.render_as_string(hide_password=False))) as again:
+        filled(again, "ana")
+        assert again.tokens_since("ana", "key_ana", 0) == 12
 
 
 def test_a_migration_that_fails_changes_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,25 @@ class Admission:
         self.draining = False
         self._answers: dict[int, int] = {}  # id of a worker -> answers it owes
         self._usage: dict[str, _Usage] = {}
+        self._counted: set[str] = set()  # ids of keys whose tokens of today are known from before this process too
+
+    def uncounted_since(self, key: Key) -> float | None:
+        """From when on (seconds since 1970) `count_before` has to be told what ``key`` used; None when that does not matter."""
+        if key.id in self._counted or self._limit(key, "tokens_per_day") is None:
+            return None
+        return float(time.time() // DAY * DAY)
+
+    def count_before(self, key: Key, tokens: int) -> None:
+        """``tokens`` of ``key`` today, before its first request here; only the first call counts."""
+        if key.id not in self._counted:
+            self._counted.add(key.id)
+            self._today(key).day_tokens += tokens
+
+    def _today(self, key: Key) -> _Usage:
+        usage, today = self._usage.setdefault(key.id, _Usage()), int(time.time() // DAY)
+        if usage.day != today:
+            usage.day, usage.day_tokens = today, 0
+        return usage
 
     def enter(self, key: Key, worker: Worker, *, answers: int, tokens: int, prompts: int = 1) -> Ticket:
         """A place for so many answers, of ``tokens`` at most; 429 or 503 with ``Retry-After`` otherwise. The first of a request's
@@ -107,16 +126,13 @@ class Admission:
         return value
 
     def _check_key(self, key: Key, tokens: int, requests: int) -> dict[str, str]:
-        usage = self._usage.setdefault(key.id, _Usage())
-        now, today = time.monotonic(), int(time.time() // DAY)
+        usage, now = self._today(key), time.monotonic()
         most = self._limit(key, "concurrent")
         if most is not None and requests and usage.active >= most:
             raise ApiError(
                 429, "too_many_at_once", f"this key has {usage.active} requests under way, the most it may (limit concurrent)",
                 headers=_after(1),
             )  # fmt: skip
-        if usage.day != today:
-            usage.day, usage.day_tokens = today, 0
         quota = self._limit(key, "tokens_per_day")
         if quota is not None and usage.day_tokens + tokens > quota:
             raise ApiError(

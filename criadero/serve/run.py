@@ -43,6 +43,10 @@ class Store(KeyStore, Protocol):
         """Keep a receipt; it has an ``id``."""
         ...
 
+    def tokens_since(self, owner: str, key: str, since: float) -> int:
+        """Tokens of a key's receipts since a time (seconds since 1970)."""
+        ...
+
 
 @dataclass
 class Service:
@@ -139,6 +143,7 @@ class Run:
         context = self.worker.llm.context
         answers = 1 if self.request.pooling else params.n
         most = prompt + (0 if self.request.pooling else answers * min(params.max_tokens, max(1, context - prompt)))
+        await self._count_before()
         self._ticket = self.service.admission.enter(
             self.key, self.worker, answers=answers, tokens=most, prompts=self.prompts
         )
@@ -148,6 +153,17 @@ class Run:
             raise of_user_error(
                 error, "input" if self.request.pooling else "prompt" if self.request.continues else "messages"
             ) from None
+
+    async def _count_before(self) -> None:
+        """What its key has used today before this server was started counts too."""
+        admission, store = self.service.admission, self.service.store
+        if store is not None and (since := admission.uncounted_since(self.key)) is not None:
+            used = 0
+            try:
+                used = await asyncio.to_thread(store.tokens_since, self.key.owner, self.key.id, since)
+            except Exception:  # as with receipts: the database's trouble does not take the answer with it
+                log.exception("the tokens of a key could not be counted")
+            admission.count_before(self.key, used)
 
     def _submit(self) -> None:
         self._id = self.worker.submit(self.request, self._channel)
@@ -304,7 +320,7 @@ class Run:
         found: dict[str, Any] = {
             **{key: value for key, value in self.block()["receipt"].items() if key != "kept"},
             "paths": {"model": str(entry.body.path), "adapter": str(entry.path) if entry.adapter else None},
-            "created": int(time.time()), "endpoint": self.endpoint, "params": plain_params(self.request.params),
+            "created": int(time.time()), "key": self.key.id, "endpoint": self.endpoint, "params": plain_params(self.request.params),
             "continues": self.request.continues, "pooling": self.request.pooling, "usage": dataclasses.asdict(self.result.usage),
             "finish_reasons": [sample.finish_reason for sample in self.result.samples],
             "prompt_sha256": ids_sha256(self.request.prompt), "answers_sha256": [ids_sha256(ids) for ids in answers],

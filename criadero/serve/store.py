@@ -274,12 +274,6 @@ class Store:
             row = connection.execute(_with_feedback(owner).where(messages.c.id == id)).first()
         return _message(row._asdict()) if row else None
 
-    def chat_of(self, owner: str, message: str) -> str | None:
-        """The id of the chat that a message stands in."""
-        with self._read() as connection:
-            row = _own(connection, messages, owner, message)
-        return row.chat if row else None
-
     def messages(self, owner: str, chat: str) -> list[dict[str, Any]]:
         """All messages of a chat, all branches, in the order they came."""
         with self._read() as connection:
@@ -425,11 +419,11 @@ class Store:
     # -- receipts --
 
     def add_receipt(self, owner: str, receipt: Mapping[str, Any]) -> None:
-        """Keep a receipt under its ``id``. Its ``usage`` counts towards the owner's tokens."""
+        """Keep a receipt under its ``id``. Its ``usage`` counts towards the tokens of its ``key``."""
         usage = receipt.get("usage") or {}
         row = {
             "id": receipt["id"], "owner": owner, "tokens": int(usage.get("prompt", 0)) + int(usage.get("completion", 0)),
-            "kept": "prompt_ids" in receipt, "body": dict(receipt), "created": _now(),
+            "kept": "prompt_ids" in receipt, "body": dict(receipt), "key": receipt.get("key"), "created": _now(),
         }  # fmt: skip
         with self._write() as connection:
             connection.execute(receipts.insert().values(row))
@@ -451,10 +445,10 @@ class Store:
         with self._read() as connection:
             return connection.execute(sa.select(receipts.c.body).where(receipts.c.id == id)).scalar()
 
-    def tokens_since(self, owner: str, since: float) -> int:
-        """Tokens of prompts and answers since a time (seconds since 1970), by the receipts."""
+    def tokens_since(self, owner: str, key: str, since: float) -> int:
+        """Tokens of a key's prompts and answers since a time (seconds since 1970), by the receipts that are still there."""
         chosen = sa.select(sa.func.sum(receipts.c.tokens)).where(
-            receipts.c.owner == owner, receipts.c.created >= int(since * 1e6)
+            receipts.c.owner == owner, receipts.c.key == key, receipts.c.created >= int(since * 1e6)
         )
         with self._read() as connection:
             return int(connection.execute(chosen).scalar() or 0)

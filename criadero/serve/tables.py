@@ -151,6 +151,7 @@ receipts = _table(
     sa.Column("tokens", sa.BigInteger, nullable=False),
     sa.Column("kept", sa.Boolean, nullable=False),  # whether prompt and answers stand in it
     sa.Column("body", Json, nullable=False),
+    sa.Column("key", sa.Text),  # the id of the key that asked, whose tokens these are
 )
 
 responses = _table(
@@ -170,7 +171,7 @@ OWNED = (
 )  # what a person made; deleted in this order or by cascade
 
 # version -> what leads to it from the version before. Statements are for both databases; the tables above are the newest version.
-MIGRATIONS: dict[int, tuple[str, ...]] = {}
+MIGRATIONS: dict[int, tuple[str, ...]] = {2: ('ALTER TABLE receipts ADD COLUMN "key" TEXT',)}
 VERSION = 1 + len(MIGRATIONS)
 
 
