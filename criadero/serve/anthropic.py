@@ -16,7 +16,7 @@ from criadero.chat import Message
 from criadero.engine.llm import Sample
 from criadero.engine.request import Output, Usage
 from criadero.serve import sse, tools
-from criadero.serve.common import json_response, key_of, service_of
+from criadero.serve.common import json_response, key_of, respond, service_of
 from criadero.serve.errors import ApiError
 from criadero.serve.openai_chat import (
     CalledFunction,
@@ -127,16 +127,7 @@ async def create(body: MessageRequest, request: Request) -> Response:
     run = await begin_chat(
         service, key_of(request), model=body.model, messages=messages, params=params, endpoint=ENDPOINT, ignored=ignored
     )  # fmt: skip
-    answer = _Answer(run, offered)
-    if body.stream:
-        return sse.EventStream(
-            answer.stream(), gone=run.gone, close=run.close, write_seconds=service.settings.write_seconds, headers=run.headers
-        )  # fmt: skip
-    try:
-        async with sse.watched(request, run.gone):
-            return json_response(await answer.whole(), run.headers)
-    finally:
-        run.close()
+    return await respond(request, run, _Answer(run, offered), body.stream)
 
 
 @router.post(ENDPOINT + "/count_tokens")
@@ -172,14 +163,9 @@ def _prepared(
         )  # fmt: skip
     messages = messages_of(given, limits, [])
     offered = _tools(body, limits, ignored)
-    params: dict[str, Any] = {}
     schema = _schema(body.output_config, limits, ignored)
-    if offered is not None and offered.offered:
-        messages = tools.with_instructions(messages, tools.instructions(offered))
-        params["grammar"] = tools.answer_grammar(offered, schema)
-    elif schema is not None:
-        params["json_schema"] = {**schema, "x-guidance": {"whitespace_flexible": False}}
-    return messages, offered, params
+    messages, form = tools.enforced(messages, offered, schema)
+    return messages, offered, form
 
 
 def _turn(turn: Turn, place: str, called: set[str], ignored: list[str]) -> Iterator[ChatMessage]:
@@ -359,7 +345,7 @@ class _Answer:
                 for data in self._push(event.text, last=event.finish_reason is not None):
                     yield data
             elif run.waiting is not None:
-                yield sse.comment(f"queue position={run.waiting.position} expected_s={run.waiting.expected:.1f}")
+                yield sse.queued(run.waiting)
         block = await run.finish()
         delta = self._stopped(run.result.samples[0])
         yield _event("message_delta", delta=delta, usage=_usage(run.result.usage), criadero=block)

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from criadero.chat import Message
 from criadero.engine.request import Output, TokenLogprob
 from criadero.serve import sse, tools
-from criadero.serve.common import json_response, key_of, service_of, usage_of
+from criadero.serve.common import key_of, respond, service_of, usage_of
 from criadero.serve.errors import ApiError
 from criadero.serve.params import LIMITS, Body, Sampling, check_limits, honoured, refused, reported
 from criadero.serve.run import Run, begin_chat
@@ -133,20 +133,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
         service, key_of(request), model=body.model, messages=messages, params=params, endpoint=ENDPOINT,
         policy=body.truncate or "error", ignored=ignored, keep=bool(body.store),
     )  # fmt: skip
-    answer = _Answer(run, body, offered)
-    if body.stream:
-        return sse.EventStream(
-            answer.stream(),
-            gone=run.gone,
-            close=run.close,
-            write_seconds=service.settings.write_seconds,
-            headers=run.headers,
-        )
-    try:
-        async with sse.watched(request, run.gone):
-            return await answer.whole()
-    finally:
-        run.close()
+    return await respond(request, run, _Answer(run, body, offered), body.stream)
 
 
 def _prepared(
@@ -170,14 +157,8 @@ def _prepared(
     if body.logprobs:
         params["logprobs"] = body.top_logprobs or 0
     schema = schema_of(body.response_format, limits)
-    if offered is not None and offered.offered:
-        if body.regex or body.grammar:
-            raise ApiError(400, "invalid_value", "regex and grammar cannot go with tools", "tools")
-        messages = tools.with_instructions(messages, tools.instructions(offered))
-        params["grammar"] = tools.answer_grammar(offered, schema)
-    elif schema is not None:
-        params["json_schema"] = {**schema, "x-guidance": {"whitespace_flexible": False}}
-    return messages, offered, params
+    messages, form = tools.enforced(messages, offered, schema, params)
+    return messages, offered, params | form
 
 
 def schema_of(form: ResponseFormat | None, limits: Limits) -> dict[str, Any] | None:
@@ -305,7 +286,7 @@ class _Answer:
         }  # fmt: skip
         self._roles: set[int] = set()
 
-    async def whole(self) -> Response:
+    async def whole(self) -> dict[str, Any]:
         """All at once."""
         run = self.run
         result = await run.wait()
@@ -332,14 +313,13 @@ class _Answer:
                 }
             )  # fmt: skip
         block = await run.finish()
-        whole = {
+        return {
             **self.head,
             "object": "chat.completion",
             "choices": choices,
             "usage": usage_of(result.usage),
             "criadero": block,
         }
-        return json_response(whole, run.headers)
 
     async def stream(self) -> AsyncIterator[bytes]:
         """Piece by piece."""
@@ -360,7 +340,7 @@ class _Answer:
                     else:
                         yield self._chunk([choice])
             elif run.waiting is not None:
-                yield sse.comment(f"queue position={run.waiting.position} expected_s={run.waiting.expected:.1f}")
+                yield sse.queued(run.waiting)
         if self.body.stream_options is not None and self.body.stream_options.include_usage:
             yield self._chunk([], usage=usage_of(run.result.usage))
         yield sse.DONE

@@ -13,8 +13,8 @@ from starlette.responses import Response
 
 from criadero.engine.llm import Sample
 from criadero.engine.request import Output, TokenLogprob
-from criadero.serve import sse
-from criadero.serve.common import json_response, key_of, service_of, usage_of
+from criadero.serve import sse, tools
+from criadero.serve.common import key_of, respond, service_of, usage_of
 from criadero.serve.errors import ApiError
 from criadero.serve.openai_chat import ResponseFormat, reason_of, schema_of, token_text
 from criadero.serve.params import LIMITS, Sampling, TokenId, check_limits, honoured, refused
@@ -62,17 +62,10 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
                 )
             )  # fmt: skip
         answer = _Answer(runs, body, prompts)
-        if body.stream:
-            stream = sse.EventStream(
-                answer.stream(), gone=runs.gone, close=runs.close, write_seconds=service.settings.write_seconds,
-                headers=runs.headers,
-            )  # fmt: skip
-            runs = Runs()  # closed by the stream
-            return stream
-        async with sse.watched(request, runs.gone):
-            return await answer.whole()
-    finally:
+    except BaseException:
         runs.close()
+        raise
+    return await respond(request, runs, answer, body.stream)
 
 
 def prompts_of(given: str | Sequence[Any]) -> list[str | list[int]]:
@@ -96,7 +89,7 @@ def _params(body: CompletionRequest, limits: Limits, prompts: int) -> dict[str, 
             params["prompt_logprobs"] = body.logprobs
     schema = schema_of(body.response_format, limits)
     if schema is not None:
-        params["json_schema"] = {**schema, "x-guidance": {"whitespace_flexible": False}}
+        params |= tools.compact(schema)
     return params
 
 
@@ -187,12 +180,11 @@ class _Answer:
             usage |= {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
         return usage
 
-    async def whole(self) -> Response:
+    async def whole(self) -> dict[str, Any]:
         """All at once."""
         await self.runs.wait()
         choices = [self._choice(at, sample) for at, run in enumerate(self.runs.all) for sample in run.result.samples]
-        whole = {**self.head, "choices": choices, "usage": self._usage(), "criadero": await self.runs.finish()}
-        return json_response(whole, self.runs.headers)
+        return {**self.head, "choices": choices, "usage": self._usage(), "criadero": await self.runs.finish()}
 
     async def stream(self) -> AsyncIterator[bytes]:
         """Piece by piece."""
@@ -212,7 +204,7 @@ class _Answer:
                     last = event.done and not left
                     yield self._chunk([choice], **({"criadero": await self.runs.finish()} if last else {}))
             elif run.waiting is not None:
-                yield sse.comment(f"queue position={run.waiting.position} expected_s={run.waiting.expected:.1f}")
+                yield sse.queued(run.waiting)
         if self._with_usage:
             yield self._chunk([], usage=self._usage())
         yield sse.DONE

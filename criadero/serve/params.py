@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -129,7 +129,6 @@ def path_of(place: Sequence[str | int]) -> str:
 
 Temperature = Annotated[float, Field(ge=0, le=2)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Texts = Annotated[list[str], Field(min_length=1)]
 
 
 class Sampling(Body):
@@ -220,7 +219,6 @@ class StreamOptions(Body):
 
 
 Sampling.model_rebuild()
-StopReason = Literal["stop", "length", "tool_calls"]
 
 
 def check_limits(limits: Limits, **counts: int) -> None:

@@ -15,7 +15,7 @@ from criadero.chat import Message, render
 from criadero.engine.request import Output, Usage
 from criadero.errors import UserError
 from criadero.serve import sse, tools
-from criadero.serve.common import json_response, key_of, service_of
+from criadero.serve.common import json_response, key_of, respond, service_of
 from criadero.serve.errors import ApiError, of_user_error
 from criadero.serve.openai_chat import JsonSchema, ResponseFormat, schema_of
 from criadero.serve.params import LIMITS, Body, Sampling, check_limits, honoured, refused, reported
@@ -102,7 +102,9 @@ class ResponseRequest(Asked):
     context_management: Any = refused("use truncation")
     moderation: Any = refused("there is no moderation here")
     image: Any = refused("text only")
-    max_tool_calls: int | None = reported("it counts tools that a server runs, and this one runs none")
+    max_tool_calls: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = reported(
+        "it counts tools that a server runs, and this one runs none"
+    )
     service_tier: str | None = reported("there is one tier")
     prompt_cache_key: str | None = reported("computed prompts are found by what they say, for each key apart")
     prompt_cache_retention: str | None = reported("they are kept while there is room")
@@ -130,15 +132,7 @@ async def create(body: ResponseRequest, request: Request) -> Response:
         policy="oldest" if body.truncation == "auto" else "error", ignored=ignored, keep=keep,
     )  # fmt: skip
     answer = _Answer(run, body, offered, items, store if keep else None)
-    if body.stream:
-        return sse.EventStream(
-            answer.stream(), gone=run.gone, close=run.close, write_seconds=service.settings.write_seconds, headers=run.headers
-        )  # fmt: skip
-    try:
-        async with sse.watched(request, run.gone):
-            return json_response(await answer.whole(), run.headers)
-    finally:
-        run.close()
+    return await respond(request, run, answer, body.stream)
 
 
 @router.post(ENDPOINT + "/input_tokens")
@@ -185,14 +179,8 @@ async def _prepared(
         if LOGPROBS in (body.include or ()) or body.top_logprobs:
             params["logprobs"] = body.top_logprobs or 0
     schema = _schema(body.text, limits)
-    if offered is not None and offered.offered:
-        if body.regex or body.grammar:
-            raise ApiError(400, "invalid_value", "regex and grammar cannot go with tools", "tools")
-        messages = tools.with_instructions(messages, tools.instructions(offered))
-        params["grammar"] = tools.answer_grammar(offered, schema)
-    elif schema is not None:
-        params["json_schema"] = {**schema, "x-guidance": {"whitespace_flexible": False}}
-    return items, messages, offered, params
+    messages, form = tools.enforced(messages, offered, schema, params)
+    return items, messages, offered, params | form
 
 
 def _tools(body: Asked, limits: Limits, ignored: list[str]) -> tools.Tools | None:
@@ -331,7 +319,7 @@ class _Answer:
                 for one in self.answer.push(event.text, event.logprobs):
                     yield sent(one)
             elif run.waiting is not None:
-                yield sse.comment(f"queue position={run.waiting.position} expected_s={run.waiting.expected:.1f}")
+                yield sse.queued(run.waiting)
         for one in self.answer.finish(self._complete()):
             yield sent(one)
         done = await self._ended()

@@ -12,6 +12,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from criadero.serve.worker import Waiting
+
 PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
 
@@ -26,6 +28,11 @@ def event(data: Any, name: str | None = None) -> bytes:
 def comment(text: str) -> bytes:
     """What clients skip."""
     return f": {text}\n\n".encode()
+
+
+def queued(waiting: Waiting) -> bytes:
+    """The place in line."""
+    return comment(f"queue position={waiting.position} expected_s={waiting.expected:.1f}")
 
 
 class EventStream(Response):

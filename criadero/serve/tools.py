@@ -158,6 +158,23 @@ def with_instructions(messages: Sequence[Message], text: str) -> list[Message]:
     return [{"role": "system", "content": text}, *messages]
 
 
+def enforced(
+    messages: Sequence[Message], offered: Tools | None, schema: Mapping[str, Any] | None, params: Mapping[str, Any] = {}
+) -> tuple[list[Message], dict[str, Any]]:
+    """The chat in which the functions are told, and what enforces the form of the answer (fields of `SamplingParams`). ApiError:
+    ``params`` enforce another."""
+    if offered is not None and offered.offered:
+        if params.get("regex") or params.get("grammar"):
+            raise ApiError(400, "invalid_value", "regex and grammar cannot go with tools", "tools")
+        return with_instructions(messages, instructions(offered)), {"grammar": answer_grammar(offered, schema)}
+    return list(messages), {} if schema is None else compact(schema)
+
+
+def compact(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON of a schema, without blanks that a small model could go on writing for ever."""
+    return {"json_schema": {**schema, "x-guidance": {"whitespace_flexible": False}}}
+
+
 def call_text(name: str, arguments: str) -> str:
     """A call as the model wrote it."""
     try:

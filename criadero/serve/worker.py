@@ -79,7 +79,6 @@ class Worker:
     def __init__(self, llm: LLM, name: str = "engine") -> None:
         self.llm = llm
         self.service_seconds = 0.0  # of an answer, from start to end: a moving average
-        self.last_used = time.monotonic()
         self._places: dict[int, _Place] = {}
         self._early: dict[int, list[Event]] = {}  # events of requests that `submit` has not entered yet
         self._lock = threading.Lock()
@@ -184,7 +183,6 @@ class Worker:
                 one = self._places.get(output.id)
                 if output.done and one is not None and one.started is not None and output.finish_reason != "cancelled":
                     self.service_seconds += 0.2 * (now - one.started - self.service_seconds)
-            self.last_used = now
             self._send(events)
 
     def _send(self, events: dict[int, list[Event]]) -> None:
