@@ -18,7 +18,7 @@ PROOFS = {
 
 def bodies() -> list[tuple[str, type, str]]:
     """(endpoint, body, tests that exercise it)."""
-    from criadero.serve import embeddings, openai_chat, openai_completions, tokenize
+    from criadero.serve import anthropic, embeddings, openai_chat, openai_completions, responses, tokenize, traces
 
     return [
         ("POST /v1/chat/completions", openai_chat.ChatRequest, "test_serve_chat.py"),
@@ -26,26 +26,10 @@ def bodies() -> list[tuple[str, type, str]]:
         ("POST /v1/embeddings", embeddings.EmbeddingRequest, "test_serve_completions.py"),
         ("POST /tokenize", tokenize.TokenizeRequest, "test_serve_completions.py"),
         ("POST /detokenize", tokenize.DetokenizeRequest, "test_serve_completions.py"),
-        *_others(),
+        ("POST /v1/responses", responses.ResponseRequest, "test_serve_responses.py"),
+        ("POST /v1/messages", anthropic.MessageRequest, "test_serve_anthropic.py"),
+        ("POST /v1/trace", traces.TraceRequest, "test_serve_trace.py"),
     ]
-
-
-def _others() -> list[tuple[str, type, str]]:
-    """Endpoints whose bodies live in modules of their own."""
-    import importlib
-
-    found = []
-    for name, endpoint, cls, tests in (
-        ("responses", "POST /v1/responses", "ResponseRequest", "test_serve_responses.py"),
-        ("anthropic", "POST /v1/messages", "MessageRequest", "test_serve_anthropic.py"),
-    ):
-        try:
-            module = importlib.import_module(f"criadero.serve.{name}")
-        except ModuleNotFoundError:
-            continue
-        if hasattr(module, cls):
-            found.append((endpoint, getattr(module, cls), tests))
-    return found
 
 
 def page(note: str, table: Callable[[tuple[str, ...], Sequence[tuple[str, ...]]], list[str]]) -> str:
