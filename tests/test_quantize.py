@@ -30,15 +30,8 @@ from criadero.quantization.text import flat, read_text
 from criadero.run import quantize
 from criadero.summary import describe
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 SIZES = {"hidden_size": 64, "intermediate_size": 96}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def write_text(path: Path, lines: int = 1200, seed: int = 0) -> Path:
