@@ -177,15 +177,14 @@ def test_parse_of_a_pydantic_class(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
 def test_a_call_that_has_to_be_made(client: openai.OpenAI, choice: Any) -> None:
-    answer = ask(
-        client,
-        tools=[WEATHER, CLOCK],
-        tool_choice=choice,
-        max_tokens=120,
-        parallel_tool_calls=False,
-        temperature=1,
-        seed=4,
-    )
+    asked = {
+        "tools": [WEATHER, CLOCK],
+        "tool_choice": choice,
+        "parallel_tool_calls": False,
+        "temperature": 1,
+        "seed": 4,
+    }
+    answer = ask(client, **asked, max_tokens=120)
     (call,) = answer.choices[0].message.tool_calls
     assert answer.choices[0].finish_reason == "tool_calls"
     assert answer.choices[0].message.content is None
@@ -195,16 +194,7 @@ def test_a_call_that_has_to_be_made(client: openai.OpenAI, choice: Any) -> None:
         assert call.function.name == "weather"
     # the same, streamed
     parts: dict[int, dict[str, str]] = {}
-    for chunk in ask(
-        client,
-        tools=[WEATHER, CLOCK],
-        tool_choice=choice,
-        max_tokens=120,
-        parallel_tool_calls=False,
-        temperature=1,
-        seed=4,
-        stream=True,
-    ):
+    for chunk in ask(client, **asked, max_tokens=120, stream=True):
         for part in (chunk.choices[0].delta.tool_calls or []) if chunk.choices else []:
             one = parts.setdefault(part.index, {"name": "", "arguments": "", "id": ""})
             one["name"] += part.function.name or ""
