@@ -69,7 +69,7 @@ class GgmlBlocks:
         return "int{} g{}".format(*self.form) + (" with minimums" if self.kind == "Q4_K" else "")
 
     def unpack(self) -> QuantTensor:
-        """The same numbers in a `QuantTensor`'s order."""
+        """The same numbers in a `QuantTensor`'s order; the file's are forgotten."""
         from criadero.checkpoints.ggml import finite
 
         (bits, group), (rows, columns), wide = self.form, self.shape, self.kind.endswith("_K")
@@ -77,6 +77,7 @@ class GgmlBlocks:
         scales = np.empty((rows, columns // group), np.float32 if wide else np.float16)
         mins = np.empty((rows, columns // group), np.float32) if self.kind == "Q4_K" else None
         native().repack_ggml(self.kind, self.raw, rows, columns, self.heads, self.threads, q, scales, mins)  # type: ignore[union-attr]
+        _forget(self.raw)
         if not (finite(scales) and (mins is None or finite(mins))):
             raise UserError(f"{self.where} holds values that are not finite; get the file again")
         return QuantTensor(bits, group, q, scales, mins)
@@ -235,9 +236,7 @@ def _fill(
 
     def packed(name: str, weight: Weight | GgmlBlocks) -> Any:
         if isinstance(weight, GgmlBlocks) and form not in ("auto", f"int{weight.form[0]}"):
-            unpacked = weight.unpack()
-            _forget(weight.raw)
-            weight = unpacked
+            weight = weight.unpack()
         if not isinstance(weight, GgmlBlocks):
             weight = converted(weight, form)
         if isinstance(weight, np.ndarray):
@@ -399,7 +398,10 @@ def _open_gguf(path: Path, threads: int) -> tuple[ModelConfig, Load]:
             plain = unpack_array(whole[info.offset : info.offset + info.size], info.kind, info.shape)
             if not finite(plain):
                 raise UserError(f"{path}: tensor {info.name!r} holds values that are not finite; get the file again")
-            return np.ascontiguousarray(_reorder(name, config, to_rotate_half, plain))
+            weight = np.ascontiguousarray(_reorder(name, config, to_rotate_half, plain))
+            if name == EMBEDDING or not np.may_share_memory(weight, plain):
+                _forget(plain)  # of a table only used rows are read again, of what was copied nothing
+            return weight
         raw = whole[info.offset : info.offset + info.size]
         rows, columns = info.shape
         order = heads.get(name.split(".")[-2], 0)
