@@ -20,7 +20,7 @@ from criadero.checkpoints import load_model, load_tokenizer
 from criadero.errors import UserError
 from criadero.model import Llama
 from criadero.recipe import parse
-from criadero.train import checkpoint, pretrain
+from criadero.train import checkpoint, memory, pretrain
 from criadero.train.batches import TokenFile, held_out_batches
 from criadero.train.pretrain import Mix, PretrainRecipe
 
@@ -239,10 +239,18 @@ def test_sources_left_out_are_never_read(tokens: Path) -> None:
 def test_too_little_memory_is_said_before_the_training(
     tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pretrain, "available_memory_bytes", lambda: 2**20)
+    monkeypatch.setattr(memory, "available_memory_bytes", lambda: 2**20)
     with pytest.raises(UserError, match=r"needs about .* GiB of memory and 0.0 GiB are free"):
         pretrain.pretrain(recipe(tokens), tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tracker_is_given_every_step(tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    board = pytest.importorskip("tensorboardX")
+    shown: list[tuple[str, int]] = []
+    monkeypatch.setattr(board.SummaryWriter, "add_scalar", lambda self, name, value, step: shown.append((name, step)))
+    pretrain.pretrain(recipe(tokens, tokens=256 * 3, track="tensorboard"), tmp_path / "x")
+    assert [step for name, step in shown if name == "loss"] == [1, 2, 3]
 
 
 def test_the_seed_decides(tokens: Path) -> None:

@@ -25,7 +25,7 @@ from criadero.checkpoints import load_config, load_model, save_hf, template_of, 
 from criadero.engine.llm import LLM
 from criadero.errors import UserError
 from criadero.model import Llama
-from criadero.train import checkpoint, preflight, sft
+from criadero.train import checkpoint, memory, preflight, sft
 from criadero.train.sft import SftRecipe, prepare, split
 
 IDS = torch.randint(0, 280, (2, 17), generator=torch.Generator().manual_seed(3))
@@ -440,9 +440,7 @@ def test_a_tokenizer_larger_than_the_model(tmp_path: Path, capsys: pytest.Captur
 def test_too_little_memory_is_said_before_the_training(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from criadero.train import pretrain
-
-    monkeypatch.setattr(pretrain, "available_memory_bytes", lambda: 2**20)
+    monkeypatch.setattr(memory, "available_memory_bytes", lambda: 2**20)
     data = tiny.write_chats(tmp_path / "shop.jsonl")
     assert "of memory and 0.0 GiB are free; lower micro_tokens" in refusal(capsys, tmp_path / "x", base, data)
 

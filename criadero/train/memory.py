@@ -1,4 +1,4 @@
-"""What tuning takes of the memory, by part, before anything is loaded; and what has to give way for it to fit.
+"""What training takes of the memory, by part, before anything is loaded; and what has to give way for it to fit.
 
 The figures are arithmetic over the shape: `Needs` says each part. ``fit`` tries the settings that cost nothing but time first
 (fewer tokens at once), then a base in 4 or 8 bits, then shorter examples, and says what it did.
@@ -15,6 +15,7 @@ import torch
 
 from criadero.errors import UserError
 from criadero.model import ModelConfig
+from criadero.train.hardware import available_memory_bytes
 from criadero.train.loss import CHUNK
 
 PROCESS = 360 * 10**6  # Python, PyTorch and its threads, before the first tensor
@@ -64,7 +65,7 @@ def needs(
     config: ModelConfig, *, method: str, trained: int, micro_tokens: int, length: int, dtype: torch.dtype,
     weight_bytes: int | None = None, keep_best: bool = True, compiled: bool = False,
 ) -> Needs:  # fmt: skip
-    """Of tuning ``trained`` weights with ``micro_tokens`` computed at once in rows of ``length`` tokens. ``weight_bytes``: of the
+    """Of training ``trained`` weights with ``micro_tokens`` computed at once in rows of ``length`` tokens. ``weight_bytes``: of the
     base where it is not held in ``dtype`` (QLoRA). ``compiled``: by the compiled kernels, which keep no scores of attention."""
     width = dtype.itemsize
     hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
@@ -86,6 +87,16 @@ def needs(
         activations=round(activations * (1 + slack)),
         logits=round(logits * (1 + slack)),
     )
+
+
+def check_memory(needed: int) -> None:
+    """Refuse a run that cannot fit, with the numbers, before it starts."""
+    free = available_memory_bytes()
+    if free is not None and needed > free:
+        raise UserError(
+            f"this run needs about {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free; "
+            "lower micro_tokens or context, or take a smaller model"
+        )
 
 
 def stored_bytes(base: Path) -> int:

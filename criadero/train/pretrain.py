@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -19,11 +20,13 @@ from criadero.tokenizer import Tokenizer, load_tokenizer
 from criadero.train import fast
 from criadero.train.batches import IGNORE, Batch, TokenBatches, TokenFile, held_out_batches
 from criadero.train.checkpoint import resumed_dtype
-from criadero.train.hardware import available_memory_bytes, choose_dtype, keep_memory, peak_memory_bytes
+from criadero.train.hardware import choose_dtype, keep_memory, peak_memory_bytes
 from criadero.train.loop import Plan, train
-from criadero.train.loss import CHUNK, next_token_loss
+from criadero.train.loss import next_token_loss
+from criadero.train.memory import check_memory, needs
 from criadero.train.optim import Optimizer
 from criadero.train.progress import say
+from criadero.train.track import HELP, Tracker, check_tracker, tracker
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class PretrainRecipe:
     eval_every: int = field(default=200, metadata={"help": "steps between held-out losses"})
     eval_tokens: int = field(default=20_000, metadata={"help": "held-out tokens a language and kind"})
     save_minutes: float = field(default=5.0, metadata={"help": "between resume points"})
+    track: Tracker = field(default="none", metadata={"help": HELP})
     model_name: str = field(default="", metadata={"help": "name in the passport and the card; default: the folder's"})
     model_licence: str = field(
         default="", metadata={"help": "licence you give the weights; recorded, and shown in the card"}
@@ -87,6 +91,7 @@ def pretrain(recipe: PretrainRecipe, out: Path, *, overwrite: bool = False, resu
     train_file, held_out = TokenFile.open(tokens_folder, "train"), TokenFile.open(tokens_folder, "held_out")
     tokenizer = load_tokenizer(tokens_folder)
     _check(recipe, train_file)
+    check_tracker(recipe.track)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if recipe.base:
         model = load_model(recipe.base, dtype=torch.float32)
@@ -135,20 +140,24 @@ def pretrain(recipe: PretrainRecipe, out: Path, *, overwrite: bool = False, resu
         say(
             f"run: {steps} steps of {per_step:,} tokens, {steps * per_step / stable.tokens_per_epoch:.2f} passes over the mix"
         )
-        memory = estimate_bytes(config, rows * recipe.context, dtype)
-        say(f"computing in {why}, with {fast.describe(model)}")
-        say(f"{torch.get_num_threads()} threads; about {memory / 2**30:.1f} GiB of memory")
-        check_memory(memory)
+        memory = needs(
+            config, method="full", trained=config.parameters(), micro_tokens=rows * recipe.context, length=recipe.context,
+            dtype=dtype, keep_best=False, compiled=fast.obstacle(model) is None,
+        )  # fmt: skip
+        say(f"computing in {why}, with {fast.describe(model)}; {torch.get_num_threads()} threads")
+        say(f"memory: about {memory.words()}")
+        check_memory(memory.total)
         optimizer = Optimizer(model.named_parameters(), method=recipe.optimizer, weight_decay=recipe.weight_decay)
         plan = Plan(
             steps=steps, micro_batches=micro_batches, lr=recipe.lr, schedule=recipe.schedule, warmup=recipe.warmup,
             decay=recipe.decay, clip=recipe.clip, seed=recipe.seed, eval_every=recipe.eval_every,
             save_minutes=recipe.save_minutes,
         )  # fmt: skip
-        done = train(
-            model, optimizer, batch_at, next_token_loss, plan, draft.path, about={"dtype": str(dtype)},
-            evaluate=lambda: evaluate(model, evaluation, sizes), label="pretraining",
-        )  # fmt: skip
+        with tracker(recipe.track, out, draft.path, dataclasses.asdict(recipe)) as track:
+            done = train(
+                model, optimizer, batch_at, next_token_loss, plan, draft.path, about={"dtype": str(dtype)},
+                evaluate=lambda: evaluate(model, evaluation, sizes), track=track, label="pretraining",
+            )  # fmt: skip
         final = evaluate(model, evaluation, sizes)
         for name, scores in final.items():
             say(f"held out, {name}: loss {scores['loss']:.3f}, {scores['bits_per_byte']:.3f} bits per byte")
@@ -264,27 +273,6 @@ def evaluate(model: Llama, groups: Mapping[str, Sequence[Batch]], sizes: torch.T
             out[name] = {"loss": total / count, "bits_per_byte": total / math.log(2) / max(1, length), "tokens": count}
     model.train()
     return out
-
-
-def estimate_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Peak memory of full training: weights, gradients, float32 masters and moments, activations of one micro-batch."""
-    width = 2 if dtype == torch.bfloat16 else 4
-    per_token = config.num_hidden_layers * (14 * config.hidden_size + 5 * config.intermediate_size) * width
-    context = min(config.max_position_embeddings, 1024)
-    scores = config.num_hidden_layers * config.num_attention_heads * context * 3 * width  # attention over short rows
-    logits = min(tokens, CHUNK) * config.vocab_size * (4 + 2 * width)  # the output layer's chunk, wide and narrow
-    total = config.parameters() * (2 * width + 16) + tokens * (per_token + scores) + logits + 230 * 2**20
-    return round(total * 1.15)  # what the allocator keeps between tensors: measured 5-20 % in short runs (docs/log.md)
-
-
-def check_memory(needed: int) -> None:
-    """Refuse a run that cannot fit, with the numbers, before it starts."""
-    free = available_memory_bytes()
-    if free is not None and needed > free:
-        raise UserError(
-            f"this run needs about {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free; "
-            "lower micro_tokens or context, or take a smaller model"
-        )
 
 
 def describe(config: ModelConfig) -> dict[str, Any]:

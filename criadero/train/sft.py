@@ -44,11 +44,11 @@ from criadero.train.distil import (
 from criadero.train.hardware import choose_dtype, keep_memory, peak_memory_bytes
 from criadero.train.loop import Plan, train
 from criadero.train.loss import next_token_loss
+from criadero.train.memory import check_memory, needs, stored_bytes
 from criadero.train.memory import fit as fit_memory
-from criadero.train.memory import needs, stored_bytes
 from criadero.train.optim import Optimizer
 from criadero.train.preflight import Report, check, languages_of, measure_speed, near_questions, pieces, show
-from criadero.train.pretrain import check_memory, describe
+from criadero.train.pretrain import describe
 from criadero.train.progress import say
 from criadero.train.report import Comparison, write_report
 from criadero.train.texts import keep_apart, pieces_of, read_texts
