@@ -151,12 +151,6 @@ def adapters(model: Llama) -> dict[str, LoraLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
-def packed_savings(model: Llama, dtype: torch.dtype) -> int:
-    """Bytes of memory that the `QuantLinear` layers save against weights in ``dtype``."""
-    packed = [module for module in model.modules() if isinstance(module, QuantLinear)]
-    return sum(layer.in_features * layer.out_features * dtype.itemsize - layer.nbytes for layer in packed)
-
-
 @torch.no_grad()
 def merge(model: Llama) -> Llama:
     """Fold every adapter into its weight, computed in float32 and rounded once, and take it away; the same model object."""

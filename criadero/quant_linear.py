@@ -55,11 +55,6 @@ class QuantLinear(nn.Module):
             self.rows(start, stop, out[start:stop])
         return out
 
-    def quant_tensor(self) -> QuantTensor:
-        """The weight as it was given."""
-        mins = None if self.mins is None else self.mins.cpu().numpy()
-        return QuantTensor(self.bits, self.group, self.q.cpu().numpy(), self.scales.cpu().numpy(), mins)
-
     @property
     def nbytes(self) -> int:
         """Bytes of the packed weight."""
