@@ -191,7 +191,7 @@ struct Unit {
     float factor;
 };
 
-// One tile from `filled` rows of numbers, scales and mins in a QuantTensor's order. `groups`: columns / group.
+// One tile from `filled` rows of numbers, scales and mins in a QuantTensor's order.
 void pack_tile(const Linear& w, uint8_t* tile, int filled, int bits, int group, const uint8_t* q, const Floats& scales, const Floats& mins, Unit unit) {
     const size_t row_bytes = static_cast<size_t>(w.columns) * static_cast<size_t>(bits) / 8, groups = static_cast<size_t>(w.columns / group);
     for (int from = 0; from < w.padded; from += SPAN) {
