@@ -347,27 +347,11 @@ def call(world: World, method: str, path: str, query: dict[str, str], body: dict
 
 
 def tally(world: World) -> list[dict[str, Any]]:
-    a, b, rows = "cria-chat", "shop", world.votes
-    if not rows:
-        return []
-    for_a = sum(1 for v in rows if v["winner"] in ("left", "right") and v["a" if v["winner"] == "left" else "b"] == a)
-    ties = sum(1 for v in rows if v["winner"] == "tie")
-    n = len(rows)
-    share = (for_a + ties / 2) / n
-    spread = 1.96 * math.sqrt(share * (1 - share) / n + 1.96**2 / (4 * n * n))
-    middle, scale = share + 1.96**2 / (2 * n), 1 + 1.96**2 / n
-    return [
-        {
-            "a": a,
-            "b": b,
-            "a_wins": for_a,
-            "b_wins": n - for_a - ties,
-            "ties": ties,
-            "share": share,
-            "low": (middle - spread) / scale,
-            "high": (middle + spread) / scale,
-        }
-    ]
+    """The server's own, of votes without the answers."""
+    from criadero.serve.feedback import tally
+
+    sides = [{"left": vote["a"], "right": vote["b"], "winner": vote["winner"]} for vote in world.votes]
+    return tally([one | {"left_answer": {}, "right_answer": {}} for one in sides])
 
 
 def traced(text: str) -> dict[str, Any]:

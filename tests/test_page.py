@@ -331,6 +331,7 @@ def test_side_by_side(open_page: Any, world: page_server.World, blind: bool) -> 
         page.get_by_role("button", name="Go on").click()
     else:
         expect(sides.nth(1)).to_contain_text("shop")
+        expect(page.get_by_role("button", name="Go on")).to_have_count(2)  # both have answered
         assert len({asked["seed"] for asked in world.asked}) == 1
         assert len(world.asked) == 2
         sides.nth(1).get_by_role("button", name="Go on with this one").click()
@@ -379,6 +380,12 @@ def test_your_data(open_page: Any, world: page_server.World) -> None:
     assert world.chats == {}
     assert not world.consent
     expect(page.get_by_role("navigation").locator("li")).to_have_count(0)
+
+
+def test_a_tie_is_no_share(open_page: Any, world: page_server.World) -> None:
+    world.votes = [{"a": "cria-chat", "b": "shop", "winner": "tie"}]
+    row = open_page("#data").locator("tbody tr")
+    expect(row.locator("td")).to_have_text(["shop", "0 · 0 · 1", "–", re.compile("0%–100%")])
 
 
 def test_a_key_is_asked_for(browser: Any) -> None:

@@ -115,7 +115,7 @@ export const api = {
     json<{ left: string; right: string; left_message?: string; right_message?: string }>(
       'POST', `api/comparisons/${id(comparison)}/vote`, { winner },
     ),
-  tally: () => json<Tally[] | { tally: Tally[] }>('GET', 'api/comparisons/tally').then((rows) => (Array.isArray(rows) ? rows : rows.tally)),
+  tally: () => json<Tally[]>('GET', 'api/comparisons/tally'),
   trace: (model: string, message: string) => json<Trace>('POST', 'v1/trace', { model, message_id: message }),
   exportAll: async () => (await send('GET', 'api/export')).blob(),
   deleteEverything: () => json<Record<string, number | boolean>>('POST', 'api/delete-everything', { confirm: 'delete everything' }),

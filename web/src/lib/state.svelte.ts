@@ -418,8 +418,7 @@ class Page {
 
   async rate(message: Message, rating: 1 | -1 | null, better: string | null): Promise<boolean> {
     return this.attempt(async () => {
-      const found = await api.feedback(message.id, rating, better)
-      message.feedback = found?.feedback ?? (rating === null && !better ? null : { rating, better })
+      message.feedback = (await api.feedback(message.id, rating, better)).feedback
     })
   }
 

@@ -81,7 +81,7 @@ export type Tally = {
   a_wins: number
   b_wins: number
   ties: number
-  share: number
+  share: number | null // of the votes that were no ties
   low: number
   high: number
 }
