@@ -26,7 +26,8 @@ from criadero.engine.llm import LLM
 from criadero.errors import UserError
 from criadero.model import Llama
 from criadero.train import checkpoint, memory, preflight, sft
-from criadero.train.sft import SftRecipe, prepare, split
+from criadero.train.examples import Prepared, prepare, split
+from criadero.train.sft import SftRecipe
 
 IDS = torch.randint(0, 280, (2, 17), generator=torch.Generator().manual_seed(3))
 QUICK = {"dtype": "float32", "epochs": 4.0, "batch_tokens": 256, "micro_tokens": 256, "lr": 2e-2}
@@ -448,7 +449,7 @@ def test_too_little_memory_is_said_before_the_training(
 # --- what happens to the chats ---
 
 
-def prepared(folder: Path, data: Path, context: int = 128, **settings: Any) -> sft.Prepared:
+def prepared(folder: Path, data: Path, context: int = 128, **settings: Any) -> Prepared:
     recipe = SftRecipe(base="unused", data=str(data), **settings)
     return prepare(recipe, data, tiny.tokenizer(), builtin_template("criadero"), context)
 
@@ -571,9 +572,9 @@ def test_no_held_out_chats_is_said(base: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_long_chats_in_a_large_context_make_short_rows() -> None:
-    def of(*lengths: int) -> sft.Prepared:
+    def of(*lengths: int) -> Prepared:
         report = preflight.Report("", "", 0, "", 131072)
-        return sft.Prepared([Example([1] * n, [True] * n) for n in lengths], [], report, None)  # type: ignore[arg-type]
+        return Prepared([Example([1] * n, [True] * n) for n in lengths], [], report, None)  # type: ignore[arg-type]
 
     assert sft.row_length(of(50, 60), 512) == 256
     assert sft.row_length(of(50, 60), 128) == 128

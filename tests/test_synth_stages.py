@@ -24,7 +24,7 @@ from criadero.synth import self_instruct as instruct
 from criadero.synth.clean_chats import in_order, split_rounds, without_errors
 from criadero.synth.dataset import SEEDS, read_tasks
 from criadero.synth.documents import first_sentences, parse, plain
-from criadero.train.sft import read_dataset_chats
+from criadero.train.examples import read_dataset_chats
 
 SERVED = {"teacher_model": "scripted", "teacher_licence": "apache-2.0"}
 

@@ -16,7 +16,8 @@ from criadero.chat import Template, builtin_template
 from criadero.model import RMSNorm
 from criadero.run import STAGES
 from criadero.train import loss as losses
-from criadero.train.sft import SftRecipe, prepare
+from criadero.train.examples import prepare
+from criadero.train.sft import SftRecipe
 
 HERE = Path(__file__).parent
 TRAPS = {

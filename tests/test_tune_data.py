@@ -22,8 +22,9 @@ from criadero.errors import UserError
 from criadero.model import Llama
 from criadero.run import make
 from criadero.train import checkpoint, sft
+from criadero.train.examples import prepare
 from criadero.train.preflight import counted
-from criadero.train.sft import SftRecipe, prepare
+from criadero.train.sft import SftRecipe
 from criadero.train.texts import keep_apart, pieces_of, read_texts
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")

@@ -28,6 +28,7 @@ from criadero.errors import UserError
 from criadero.model import Llama
 from criadero.tokenizer import Tokenizer, load_tokenizer
 from criadero.train.batches import IGNORE, Batch, ExampleBatches, pack_examples, rows_to_batch
+from criadero.train.examples import find_data, prepare
 from criadero.train.hardware import choose_dtype, keep_memory, peak_memory_bytes
 from criadero.train.loss import CHUNK, cross_entropy_sum, learned_rows
 from criadero.train.progress import say
@@ -65,7 +66,7 @@ class LogitsRecipe:
 def logits(recipe: LogitsRecipe, out: Path, *, overwrite: bool = False, resume: bool = True) -> Artifact:
     """Ask ``recipe.teacher`` what it would say at every learned token of ``recipe.data``, and seal that as a ``logits`` artifact.
 
-    UserError before the work: settings, data and templates that `criadero.train.sft.prepare` refuses.
+    UserError before the work: settings, data and templates that `criadero.train.examples.prepare` refuses.
     """
     from criadero.checkpoints import load_model, tokenizer_of
     from criadero.train import preflight, sft
@@ -75,7 +76,7 @@ def logits(recipe: LogitsRecipe, out: Path, *, overwrite: bool = False, resume: 
         raise UserError(f"top_k must be at least 1, not {recipe.top_k}")
     if not 0.05 <= recipe.temperature <= 100:
         raise UserError(f"temperature must lie between 0.05 and 100, not {recipe.temperature:g}")
-    path, data = resolve(recipe.teacher), sft._data_path(recipe.data)
+    path, data = resolve(recipe.teacher), find_data(recipe.data)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     like = sft.SftRecipe(
         base=recipe.teacher, data=recipe.data, licence=recipe.licence, held_out=recipe.held_out,
@@ -92,7 +93,7 @@ def logits(recipe: LogitsRecipe, out: Path, *, overwrite: bool = False, resume: 
         model = load_model(path)
         tokenizer, template = tokenizer_of(path), sft._template(like, path)
         context = sft._context(like, model.config)
-        prepared = sft.prepare(like, data, tokenizer, template, context)
+        prepared = prepare(like, data, tokenizer, template, context)
         preflight.check(prepared.report)
         if recipe.top_k > model.config.vocab_size:
             raise UserError(

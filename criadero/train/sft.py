@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +20,8 @@ import torch
 from criadero import lora
 from criadero.artifact import BUNDLED, Artifact, create, open_artifact, resolve
 from criadero.card import read_words, write_card
-from criadero.chat import Example, Message, Template, builtin_template, render
-from criadero.data.chats import ChatFile, Shape, read_chats, split_rounds
+from criadero.chat import Example, Template, builtin_template
+from criadero.data.chats import ChatFile, Shape
 from criadero.errors import UserError
 from criadero.kernels import native
 from criadero.model import Llama, ModelConfig
@@ -41,17 +41,17 @@ from criadero.train.distil import (
     mean_divergence,
     open_lesson,
 )
+from criadero.train.examples import Prepared, find_data, prepare
 from criadero.train.hardware import choose_dtype, keep_memory, peak_memory_bytes
 from criadero.train.loop import Plan, train
 from criadero.train.loss import next_token_loss
 from criadero.train.memory import check_memory, needs, stored_bytes
 from criadero.train.memory import fit as fit_memory
 from criadero.train.optim import Optimizer
-from criadero.train.preflight import Report, check, languages_of, measure_speed, near_questions, pieces, show
+from criadero.train.preflight import Report, check, measure_speed, pieces, show
 from criadero.train.pretrain import describe
 from criadero.train.progress import say
 from criadero.train.report import Comparison, write_report
-from criadero.train.texts import keep_apart, pieces_of, read_texts
 from criadero.train.track import HELP, Tracker, check_tracker, tracker
 
 ROW = 256  # tokens in a packed row, or as many as the longest chat: attention is quadratic in it
@@ -152,18 +152,6 @@ class SftRecipe:
     card: str | None = field(default=None, metadata={"help": "a Markdown file with your own words for the model card"})
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Rendered chats, ready to batch, and what the pre-flight says of them."""
-
-    train: list[Example]
-    held_out: list[Example]
-    report: Report
-    chat_file: ChatFile
-    kept_apart: Sequence[list[Message]] = ()  # the chats of held_out, not rendered
-    places: Sequence[str] = ()  # where each of train stands
-
-
 def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool = True) -> Artifact:
     """Customise ``recipe.base`` with ``recipe.data`` and seal the result at ``out``.
 
@@ -173,7 +161,7 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
     from criadero.checkpoints import holds_quantised, load_config, load_frozen, load_model, tokenizer_of
 
     keep_memory()
-    base_path, data_path = resolve(recipe.base), _data_path(recipe.data)
+    base_path, data_path = resolve(recipe.base), find_data(recipe.data)
     _check_recipe(recipe)
     words = read_words(recipe.card)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -532,13 +520,6 @@ def row_length(prepared: Prepared, context: int) -> int:
     return min(context, max(longest, ROW))
 
 
-def _data_path(ref: str) -> Path:
-    path = Path(ref)
-    if not path.exists():
-        raise UserError(f"{ref}: no such file; give a .jsonl, .json, .csv or .parquet file of chats")
-    return path
-
-
 def _sources(recipe: SftRecipe, data: Path) -> tuple[list[dict[str, Any]], str]:
     """What a ``dataset`` artifact's passport says it is made of, and the licence of the data.
 
@@ -585,59 +566,6 @@ def _named(places: Sequence[str], rows: Sequence[Sequence[int]], most: int = 4) 
     return f"the batch of {', '.join(found[:most])}{more}"
 
 
-def prepare(recipe: SftRecipe, data: Path, tokenizer: Tokenizer, template: Template | None, context: int) -> Prepared:
-    """Read, split and render the chats; counts of everything that happened to them stand in the report."""
-    if recipe.train_on == "text":
-        return _prepare_texts(recipe, data, tokenizer, context)
-    assert template
-    learn: Literal["all", "last"] = "last" if recipe.train_on == "last" else "all"
-    chat_file = read_dataset_chats(data, "train", skip_bad=recipe.skip_bad)
-    places = dict(zip(map(id, chat_file.chats), chat_file.places, strict=True))
-    chats: Sequence[list[Message]] = chat_file.chats
-    kept_apart: Sequence[list[Message]]
-    if recipe.held_out or _split_files(data, "held_out"):
-        other_file = read_dataset_chats(_data_path(recipe.held_out or str(data)), "held_out", skip_bad=recipe.skip_bad)
-        kept_apart = other_file.chats
-        places |= zip(map(id, kept_apart), other_file.places, strict=True)
-        how = recipe.held_out or "the dataset's held-out split"
-    else:
-        chats, kept_apart = split(chats, recipe.held_out_share, recipe.seed)
-        how = f"{len(kept_apart)} of {len(chat_file.chats)} chats kept apart by a hash of their first question"
-    report = Report(
-        data=str(data), shape=chat_file.shape.sentence, bad=len(chat_file.bad), held_out_from=how, context=context
-    )
-    seen = {repr(chat) for chat in chats}
-    report.contaminated = sum(repr(chat) in seen for chat in kept_apart)
-    report.near_contaminated, report.near_example = near_questions(chats, kept_apart)
-    report.duplicates = len(chats) - len(seen)
-    report.languages = languages_of([*chats, *kept_apart])
-
-    def drawn(chat: list[Message]) -> Example:
-        try:
-            return render(chat, tokenizer, template, train_on=learn)
-        except UserError as error:
-            raise UserError(f"{places[id(chat)]}: {error}") from None
-
-    def examples(these: Sequence[list[Message]], policy: str, counts: Report) -> list[tuple[Example, str]]:
-        found = []
-        for chat in these:
-            parts = [drawn(chat)]
-            if policy == "split" and len(parts[0].ids) > context:
-                parts = _split_long(chat, parts[0], lambda m: render(m, tokenizer, template, train_on=learn),
-                                    context, counts)  # fmt: skip
-            for example in parts:
-                if fitting := _fit(example, context, policy, counts):
-                    found.append((fitting, places[id(chat)]))
-        return found
-
-    kept = examples(chats, recipe.too_long, report)
-    train_examples = [example for example, _ in kept]
-    # what it is measured on is cut, never refused: no weights depend on it
-    held_out = [example for example, _ in examples(kept_apart, "truncate", Report("", "", 0, "", context))]
-    report.count(train_examples, held_out)
-    return Prepared(train_examples, held_out, report, chat_file, kept_apart, [place for _, place in kept])
-
-
 def _prepared_before(lesson: Lesson, base: str, context: int) -> Prepared:
     """The examples of a ``logits`` artifact, which were rendered when it was made, and the counts of then."""
     longest = max(len(one.ids) for one in [*lesson.train.examples, *lesson.held_out.examples])
@@ -650,100 +578,6 @@ def _prepared_before(lesson: Lesson, base: str, context: int) -> Prepared:
     report.context = context
     nothing = ChatFile([], Shape("text", ()), {})
     return Prepared(lesson.train.examples, lesson.held_out.examples, report, nothing, [], lesson.about["places"])
-
-
-def _split_long(
-    chat: list[Message], whole: Example, draw: Callable[[Sequence[Message]], Example], context: int, report: Report
-) -> list[Example]:
-    """A chat that is too long as parts of whole rounds, counted; none when each of its rounds is too long by itself."""
-    parts, long_rounds = split_rounds(chat, lambda messages: len(draw(messages).ids), context)
-    report.too_long += 1
-    report.longest = max(report.longest, len(whole.ids))
-    report.parts += len(parts)
-    report.long_rounds += long_rounds
-    report.dropped += not parts
-    return [draw(part) for part in parts]
-
-
-def _prepare_texts(recipe: SftRecipe, data: Path, tokenizer: Tokenizer, context: int) -> Prepared:
-    """Plain documents, cut into pieces of the context; nothing of them is left out."""
-    texts, bad = read_texts(data, "train", skip_bad=recipe.skip_bad)
-    total = len(texts)
-    if recipe.held_out or _split_files(data, "held_out"):
-        apart, _ = read_texts(_data_path(recipe.held_out or str(data)), "held_out", skip_bad=recipe.skip_bad)
-        how = recipe.held_out or "the dataset's held-out split"
-    else:
-        texts, apart = keep_apart(texts, recipe.held_out_share, recipe.seed)
-        how = f"{len(apart)} of {total} documents kept apart by a hash of their text"
-    report = Report(str(data), "plain documents, all of their tokens learned", len(bad), how, context, noun="piece")
-    seen = {one.text for one in texts}
-    report.duplicates, report.contaminated = len(texts) - len(seen), sum(one.text in seen for one in apart)
-    kept = [(example, one.place) for one in texts for example in pieces_of(one.text, tokenizer, context)]
-    train_examples = [example for example, _ in kept]
-    held_out = [example for one in apart for example in pieces_of(one.text, tokenizer, context)]
-    report.count(train_examples, held_out)
-    counts = {"documents": len(texts), "pieces": len(train_examples), "bad": len(bad)}
-    nothing = ChatFile([], Shape("text", ()), counts, bad)
-    return Prepared(train_examples, held_out, report, nothing, [], [place for _, place in kept])
-
-
-def _fit(example: Example, context: int, policy: str, report: Report) -> Example | None:
-    """Apply the policy for examples longer than the context, and count; an example with nothing to learn is left out."""
-    if len(example.ids) <= context:
-        return _supervised(example, report)
-    report.too_long += 1
-    report.longest = max(report.longest, len(example.ids))
-    if policy == "truncate":
-        report.truncated_tokens += len(example.ids) - context
-        cut = dataclasses.replace(example, ids=example.ids[:context], loss_mask=example.loss_mask[:context])
-        return _supervised(cut, report)
-    if policy == "drop":
-        report.dropped += 1
-        return None
-    report.refused_for_length = True
-    return example
-
-
-def _supervised(example: Example, report: Report) -> Example | None:
-    if any(example.loss_mask[1:]):  # nothing predicts the first token
-        return example
-    report.unsupervised += 1
-    return None
-
-
-def read_dataset_chats(path: Path, split_name: str, *, skip_bad: bool) -> ChatFile:
-    """Chats of a file, or of a ``dataset`` artifact's split."""
-    if path.is_dir() and (path / "passport.json").is_file():
-        files = _split_files(path, split_name)
-        if not files:
-            raise UserError(f"{path}: this artifact holds no {split_name} chats")
-        parts = [read_chats(file, skip_bad=skip_bad) for file in files]
-        first = parts[0]
-        return ChatFile(
-            [c for p in parts for c in p.chats], first.shape, first.counts, [b for p in parts for b in p.bad],
-            [place for p in parts for place in p.places],
-        )  # fmt: skip
-    return read_chats(path, skip_bad=skip_bad)
-
-
-def _split_files(path: Path, split_name: str) -> list[Path]:
-    """The files of one split of a ``dataset`` artifact; none where ``path`` is something else."""
-    if not (path / "passport.json").is_file():
-        return []
-    return sorted(path.glob(f"{split_name}-*.jsonl.zst"))
-
-
-def split(chats: Sequence[list[Message]], share: float, seed: int) -> tuple[list[list[Message]], list[list[Message]]]:
-    """Keep a share apart by a hash of each chat's first turn, so equal questions fall on the same side."""
-    import hashlib
-
-    kept: list[list[Message]] = []
-    apart: list[list[Message]] = []
-    for chat in chats:
-        first = next((m["content"] for m in chat if m["role"] == "user"), "")
-        number = int.from_bytes(hashlib.sha256(f"{seed}\n{first.strip().casefold()}".encode()).digest()[:8], "big")
-        (apart if number < share * 2**64 else kept).append(chat)
-    return kept, apart
 
 
 def example_batches(
