@@ -17,5 +17,5 @@ runtime=$("$compiler" -print-file-name=libasan.so)
 export LD_PRELOAD="$runtime $("$compiler" -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 export CRIADERO_NATIVE="$folder"
-[ $# -gt 0 ] || set -- tests/test_kernels_linear.py tests/test_kernels_step.py tests/test_engine_native.py
+[ $# -gt 0 ] || set -- tests/test_kernels_linear.py tests/test_kernels_step.py tests/test_kernels_train.py tests/test_engine_native.py
 exec "$python" -m pytest -p no:cacheprovider -q -s "$@"
