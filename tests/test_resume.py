@@ -174,6 +174,21 @@ def test_other_settings_are_refused_by_name(tmp_path: Path, unbroken: Path, monk
     assert_same_end(tmp_path, unbroken)
 
 
+def test_other_threads_are_said(
+    tmp_path: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Sums are then made in another order, and the end is not the same to the bit."""
+    interrupted(tmp_path, unbroken, 3, monkeypatch)
+    threads = torch.get_num_threads()
+    capfd.readouterr()
+    torch.set_num_threads(threads + 1)
+    try:
+        resume_worker.work(tmp_path)
+    finally:
+        torch.set_num_threads(threads)
+    assert f"goes on with threads {threads + 1} (before: {threads}): it will end close to" in capfd.readouterr().err
+
+
 def test_the_dtype_of_an_unfinished_run_is_kept(tmp_path: Path) -> None:
     assert checkpoint.resumed_dtype(tmp_path, "auto") == "auto"
     checkpoint.save(tmp_path, 2, {}, {"about": {"dtype": "torch.bfloat16"}})

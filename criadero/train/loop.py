@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from criadero import kernels
 from criadero.errors import UserError
 from criadero.model import Llama
 from criadero.train import checkpoint
@@ -72,13 +73,14 @@ def train(
     """
     about = json.loads(json.dumps(about or {}))
     metrics_path, resume = folder / "metrics.jsonl", folder / "resume"
-    start, tokens, seconds, best = _restore(optimizer, resume, about, metrics_path)
+    start, tokens, seconds, best, moved = _restore(optimizer, resume, about, metrics_path)
     progress = Progress(label, plan.steps, start)
     saved = time.monotonic()
     last: dict[str, Any] = {}
 
     def save(steps: int) -> None:
         state = {"about": about, "tokens": tokens, "seconds": seconds, "optimizer_steps": optimizer.steps}
+        state["computed_by"] = _computed_by()
         state["best"] = {"step": best.step, "loss": best.loss if best.step else None, "since": best.since}
         kept = {BEST + name: tensor for name, tensor in best.weights.items()}
         checkpoint.save(resume, steps, optimizer.state() | kept, state)
@@ -97,6 +99,10 @@ def train(
         )
 
     with open(metrics_path, "a", encoding="utf-8") as log, _stop_between_steps() as stopping, progress:
+        if moved:
+            progress.note(
+                f"goes on with {moved}: it will end close to where an unbroken run ends, not bit for bit there"
+            )
         for step in range(start, plan.steps):
             if plan.patience and best.since >= plan.patience:
                 progress.note(best.ended(step))
@@ -195,12 +201,20 @@ class Best:
         return f"ended early after step {step}: {row} not below the held-out loss of step {self.step}, {self.loss:.4f}"
 
 
-def _restore(optimizer: Optimizer, resume: Path, about: dict[str, Any], metrics: Path) -> tuple[int, int, float, Best]:
-    """Load the newest resume point, if there is one, and cut ``metrics.jsonl`` back to it: (step, tokens, seconds, best)."""
+def _computed_by() -> dict[str, str]:
+    """What the order of sums depends on, besides the settings."""
+    return {"threads": str(torch.get_num_threads()), "kernels": kernels.level(), "PyTorch": torch.__version__}
+
+
+def _restore(
+    optimizer: Optimizer, resume: Path, about: dict[str, Any], metrics: Path
+) -> tuple[int, int, float, Best, str]:
+    """Load the newest resume point, if there is one, and cut ``metrics.jsonl`` back to it: (step, tokens, seconds, best, and
+    in words what computes otherwise than before, or "")."""
     found = checkpoint.latest(resume)
     if found is None:
         metrics.unlink(missing_ok=True)
-        return 0, 0, 0.0, Best()
+        return 0, 0, 0.0, Best(), ""
     state, path = found
     if state["about"] != about:
         changed = sorted(k for k in about.keys() | state["about"].keys() if about.get(k) != state["about"].get(k))
@@ -222,7 +236,9 @@ def _restore(optimizer: Optimizer, resume: Path, about: dict[str, Any], metrics:
         whole = metrics.with_name(metrics.name + ".tmp")
         whole.write_text("".join(kept), encoding="utf-8")
         whole.replace(metrics)  # at once: a kill here must not lose the lines
-    return state["step"], state["tokens"], state["seconds"], best
+    then, now = state.get("computed_by", {}), _computed_by()
+    moved = ", ".join(f"{key} {now[key]} (before: {then[key]})" for key in now if then.get(key, now[key]) != now[key])
+    return state["step"], state["tokens"], state["seconds"], best, moved
 
 
 @contextmanager
