@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from criadero.errors import UserError
+from criadero.trust.grams import GRAM, blocks_for, filter_of, hashes, in_runs, shards_with
 from criadero.trust.index import cut, write_documents, write_index
 from criadero.trust.search import Index
+from criadero.trust.trace import long_matches
 
 pytest.importorskip("pydivsufsort", reason="criadero[trace] is not installed")
 BOS, EOS = 0, 1
@@ -162,7 +164,78 @@ def test_few_of_many_places(tmp_path: Path) -> None:
     assert set(few.tolist()) <= set(index.positions(intervals).tolist())
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "suffixes.bin", "keys.bin", "documents.bin", "rows.bin"])
+@pytest.mark.parametrize("shards", [1, 5])
+def test_the_filter_never_denies_a_gram_and_seldom_affirms_another(tmp_path: Path, shards: int) -> None:
+    texts = [np.random.default_rng(n).integers(2, 200, 400).tolist() for n in range(40)]
+    index = index_of(tmp_path / "index", texts, 300, shard_bytes=(1 << 20) if shards == 1 else 2 * 402 * 8)
+    assert len(index.sizes) == shards
+    table = (tmp_path / "index" / "grams.bin").read_bytes()
+    right = np.zeros(shards, int)
+    for shard, (start, size) in enumerate(zip(index.starts.tolist(), index.sizes.tolist(), strict=True)):
+        ids = index.tokens[start : start + size].astype(np.int64)
+        present = index._present(hashes(ids))
+        assert present[:, shard].all()
+        right += present.sum(0)
+        one = filter_of(ids, index._blocks)  # what stands in the file, between the other shards'
+        assert np.frombuffer(table, np.uint8).reshape(-1, shards, 64)[:, shard].tobytes() == one.tobytes()
+        for at in range(0, size - GRAM + 1, 50):  # one at a time, in whole numbers of Python
+            assert (
+                shards_with(ids[at : at + GRAM].tolist(), index._blocks, shards, table)
+                == np.flatnonzero(present[at]).tolist()
+            )
+    absent = index._present(hashes(np.random.default_rng(99).integers(200, 300, 10_000)))
+    assert absent.mean() < 0.1
+    assert index._blocks == blocks_for(int(index.sizes.max()))
+    assert len(hashes(np.arange(4))) == 0
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 7, 46])
+def test_runs_are_those_of_going_through_them(length: int) -> None:
+    random = np.random.default_rng(length)
+    for n in (0, 1, 5, 60):
+        present = random.random((n, 3)) < 0.8
+        expected = np.zeros_like(present)
+        for begin in range(n - length + 1):
+            expected[begin : begin + length] |= present[begin : begin + length].all(0)
+        assert (in_runs(present, length) == expected).all()
+
+
+@pytest.mark.parametrize("shard_bytes", [1 << 20, 900])
+def test_an_index_without_a_filter_says_the_same(tmp_path: Path, shard_bytes: int) -> None:
+    texts = some_texts(11, 6)
+    index = index_of(tmp_path / "index", texts, 300, shard_bytes=shard_bytes)
+    (tmp_path / "index" / "grams.bin").unlink()  # as those were that the first version built
+    old = Index(tmp_path / "index", {key: value for key, value in index.about.items() if key != "grams"})
+    query = [
+        *texts[3][:40],
+        5,
+        *texts[9],
+        EOS,
+        *texts[4][:20],
+        2,
+        *texts[5][3:],
+        *np.random.default_rng(1).integers(2, 8, 300).tolist(),
+    ]
+    for at_least in (5, 8, 9, 20):
+        assert long_matches(index, query, at_least).tolist() == long_matches(old, query, at_least).tolist()
+        starts = np.arange(len(query))
+        assert index.counts(query, starts, at_least).tolist() == old.counts(query, starts, at_least).tolist()
+    for start in range(0, len(query) - 12, 3):
+        for size in (3, 5, 6, 12):
+            assert index.find(query[start : start + size]) == old.find(query[start : start + size])
+    assert old.covering(query, 8) is None
+    covering = index.covering(query, 8)
+    assert covering is not None
+    assert covering.shape == (len(query), len(index.sizes))
+
+
+def test_a_filter_of_a_newer_version_is_a_line(tmp_path: Path) -> None:
+    index = index_of(tmp_path / "index", some_texts(2, 3), 300)
+    with pytest.raises(UserError, match="newer version"):
+        Index(tmp_path / "index", index.about | {"grams": {**index.about["grams"], "tokens": 6}})
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "suffixes.bin", "keys.bin", "documents.bin", "rows.bin", "grams.bin"])
 def test_a_file_cut_short_is_named(tmp_path: Path, name: str) -> None:
     index = index_of(tmp_path / "index", some_texts(5, 3), 300)
     bad = shutil.copytree(tmp_path / "index", tmp_path / "bad")

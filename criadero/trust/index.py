@@ -4,9 +4,10 @@ Data is cut at ends of documents into shards, each sorted by libdivsufsort (Yuta
 bytes, so tokens are laid out with the high byte first and the suffixes that begin within a token are left out afterwards.
 
 Files: ``tokens.bin`` (big-endian, 2 bytes a token below 65 536 entries, else 4), ``suffixes.bin`` (positions in the shard, in
-order, in as many bits as they need), ``keys.bin`` (uint64: the first 8 bytes of every 128th suffix), ``documents.bin`` (uint64: where each
-begins, and the end), ``rows.bin`` (uint16: its row of index.json's ``rows``: source, language, licence), ``names.bin`` (ids,
-dates and hashes of documents, compressed by 256), ``unigrams.bin`` (uint64), ``index.json``, and the tokenizer's files.
+order, in as many bits as they need), ``keys.bin`` (uint64: the first 8 bytes of every 128th suffix), ``grams.bin`` (which runs of
+five tokens a shard may hold: :mod:`criadero.trust.grams`), ``documents.bin`` (uint64: where each begins, and the end), ``rows.bin``
+(uint16: its row of index.json's ``rows``: source, language, licence), ``names.bin`` (ids, dates and hashes of documents, compressed
+by 256), ``unigrams.bin`` (uint64), ``index.json``, and the tokenizer's files.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import numpy as np
 
 from criadero.artifact import Artifact, create, open_artifact
 from criadero.errors import UserError
+from criadero.trust.grams import BLOCK, GRAM, PROBES, blocks_for, filter_of, interleave
 from criadero.trust.search import FORMAT, NAMES, PADDING, STEP
 
 SHARD_BYTES = 1 << 27  # of tokens: sorting takes 5 bytes of memory a byte, and two shards are sorted at once: 1.4 GB
@@ -246,16 +248,23 @@ def write_index(
         keys.truncate(sum(-(-size // STEP) for _, size in shards) * 8)
     key_at = np.concatenate([[0], np.cumsum([-(-size // STEP) for _, size in shards])]).astype(np.int64)
 
+    blocks = blocks_for(longest)
+    parts = folder / "grams.parts"
+    parts.touch()
+
     def one(number: int) -> None:
         start, size = shards[number]
+        gram_shard(folder, parts, start, size, number, blocks, width)
         sort_shard(folder, start, size, int(key_at[number]), order_at[number], width, bits)
         print(f"index: shard {number + 1} of {len(shards)}, {size:,} tokens", file=sys.stderr, flush=True)
 
     with ThreadPoolExecutor(2) as pool:  # the sorting itself holds no lock of Python's
         list(pool.map(one, range(len(shards))))
+    interleave(parts, folder / "grams.bin", blocks, len(shards))
+    parts.unlink()
     return {
         "format": FORMAT, "width": width, "bits": bits, "vocab_size": vocab_size, "boundaries": sorted(set(boundaries)), "shards": shards,
-        "documents": len(documents),
+        "documents": len(documents), "grams": {"tokens": GRAM, "probes": PROBES, "blocks": blocks},
     }  # fmt: skip
 
 
@@ -278,6 +287,15 @@ def forget(ids: np.ndarray) -> None:
     mapped = getattr(ids, "_mmap", None)
     if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def gram_shard(folder: Path, parts: Path, start: int, size: int, number: int, blocks: int, width: int) -> None:
+    """Write one shard's filter, at its place among the others'."""
+    tokens = np.fromfile(folder / "tokens.bin", f">u{width}", size, offset=start * width)
+    made = filter_of(tokens, blocks)
+    with parts.open("r+b") as file:
+        file.seek(number * blocks * BLOCK)
+        made.tofile(file)
 
 
 def sort_shard(folder: Path, start: int, size: int, key_at: int, order_at: int, width: int, bits: int) -> None:

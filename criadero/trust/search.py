@@ -6,6 +6,9 @@ not read: what a query does not touch costs nothing.
 
 Tokens are stored with the high byte first, so that comparing bytes compares token numbers. Every document ends with
 an end token, and what is looked for never holds one: no match goes across two documents, nor across two shards.
+
+An index of format 1 may have ``grams.bin`` (index.json: ``grams``), a filter that says which shards need not be looked at
+(:mod:`criadero.trust.grams`); without it the same is found, more slowly.
 """
 
 from __future__ import annotations
@@ -24,16 +27,18 @@ import numpy as np
 
 from criadero.artifact import Artifact, open_artifact
 from criadero.errors import UserError
+from criadero.trust.grams import BLOCK, GRAM, PROBES, bits_of, block_of, hashes, in_runs, shards_with
 
 FORMAT = "criadero-index/1"
 STEP = 128  # every so many suffixes, the first 8 bytes of one stand in keys.bin: a sixteenth of a byte a token
 NAMES = 256  # documents in one compressed block of names.bin
 PADDING = 16  # bytes behind the last token, so that 8 of them can be read anywhere
 BATCH = 1 << 15  # bisections at once: bounds the memory of a query of any length
-HELD = 160 << 20  # bytes of the files that may stay in the process's memory
+HELD = 96 << 20  # bytes of the files that may stay in the process's memory
+LOOKS = 1024  # values read between two looks at that: each may bring 64 kB of the system's cache into the process
 COLD = 10e-6  # seconds a value beyond which it came from the disk
 PAGE = mmap.PAGESIZE
-KEYS = 1 << 27  # a keys.bin of this size is read whole when the disk is slow
+WHOLE = 1 << 25  # a documents.bin of this size is read whole when the disk is slow
 
 Positions = np.ndarray  # int64 [n], tokens counted from the start of the index
 
@@ -83,15 +88,22 @@ class Index:
         self._mask = (1 << self.bits) - 1
         groups = -(-self.sizes // 4) * (self.bits // 2)  # bytes a shard: four entries take bits / 2 of them
         self._order_at = np.cumsum(groups) - groups
+        shards = len(self.sizes)
+        # 0: an index of before there were filters
+        self._blocks: int = int(about["grams"]["blocks"]) if "grams" in about else 0
+        if self._blocks and (about["grams"]["tokens"], about["grams"]["probes"]) != (GRAM, PROBES):
+            raise UserError(f"{folder}: its grams.bin is of a newer version: update criadero, or build it again")
         self._maps = {
             name: _mapped(folder / name, size)
             for name, size in {
                 "tokens.bin": n * w + PADDING, "suffixes.bin": int(groups.sum()) + PADDING, "keys.bin": int(self.key_starts[-1]) * 8,
                 "documents.bin": (self.documents + 1) * 8, "rows.bin": self.documents * 2,
+                **({"grams.bin": self._blocks * shards * BLOCK} if self._blocks else {}),
             }.items()
         }  # fmt: skip
         self._text, self._order = self._maps["tokens.bin"], self._maps["suffixes.bin"]
         self._before = _mapped_bytes()
+        self._looks = 0
         # whether the last look came from the disk: then pages are asked for together, ahead of the look
         self._cold = True
         # [n]: the 8 bytes from each token on, as one big-endian number that orders as the tokens do
@@ -100,6 +112,7 @@ class Index:
         # the 8 bytes from each byte of the suffix array on: an entry begins within a byte
         self._entries = np.ndarray((int(groups.sum()) + 8,), "<u8", self._order, strides=(1,))
         self.keys = np.frombuffer(self._maps["keys.bin"], "<u8", int(self.key_starts[-1]))
+        self._grams = np.frombuffer(self._maps["grams.bin"], np.uint8) if self._blocks else np.empty(0, np.uint8)
         self.borders = np.frombuffer(self._maps["documents.bin"], "<u8", self.documents + 1)
         self.rows = np.frombuffer(self._maps["rows.bin"], "<u2", self.documents)
         self.unigrams = np.fromfile(folder / "unigrams.bin", "<u8")
@@ -140,7 +153,8 @@ class Index:
         low = np.uint64(int.from_bytes(first.ljust(8, b"\0"), "big"))
         high = np.uint64(int.from_bytes(first.ljust(8, b"\xff"), "big"))
         found = []
-        for shard, size in enumerate(self.sizes.tolist()):
+        for shard in self._shards_of(ids):
+            size = int(self.sizes[shard])
             keys = self.keys[self.key_starts[shard] : self.key_starts[shard + 1]]
             lo = max(int(np.searchsorted(keys, low, "left")) - 1, 0) * STEP
             hi = min(int(np.searchsorted(keys, high, "right")) * STEP, size)
@@ -149,6 +163,18 @@ class Index:
                 right = self._bisect(shard, pattern, left, hi, True)
                 if left < right:
                     found.append(Interval(shard, left, right))
+        return found
+
+    def _shards_of(self, ids: Sequence[int] | np.ndarray) -> Sequence[int]:
+        """The shards that may hold a sequence, by its first and its last gram."""
+        shards = len(self.sizes)
+        if not self._blocks or len(ids) < GRAM:
+            return range(shards)
+        read = self._maps["grams.bin"]
+        found = shards_with([int(one) for one in ids[:GRAM]], self._blocks, shards, read)
+        if found and len(ids) > GRAM:
+            last = shards_with([int(one) for one in ids[-GRAM:]], self._blocks, shards, read)
+            found = [one for one in found if one in last]
         return found
 
     def _bisect(self, shard: int, pattern: bytes, lo: int, hi: int, right: bool) -> int:
@@ -229,6 +255,10 @@ class Index:
     def look(self, name: str, values: np.ndarray, where: np.ndarray, step: int) -> np.ndarray:
         """values[where], `step` bytes apart in the file `name`. From a slow disk a page at a time would cost its latency each
         time, so while looks are slow their pages are asked for first, all together."""
+        if len(where) > LOOKS:
+            return np.concatenate(
+                [self.look(name, values, where[at : at + LOOKS], step) for at in range(0, len(where), LOOKS)]
+            )
         began = time.perf_counter()
         if self._cold:
             pages = np.unique((where * step) // PAGE)
@@ -236,15 +266,55 @@ class Index:
                 self._maps[name].madvise(mmap.MADV_WILLNEED, page * PAGE, PAGE)
         out = values[where]
         self._cold = len(where) > 0 and time.perf_counter() - began > COLD * len(where) + 1e-4
+        self._looks += len(where)
+        if self._looks > LOOKS:
+            self._looks = 0
+            self.trim()
+        return out
+
+    def covering(self, ids: Sequence[int] | np.ndarray, length: int) -> np.ndarray | None:
+        """Which tokens of `ids` a match of `length` tokens may cover with the gram that begins there, by shard: bool [ids, shards].
+
+        Where it says no there is none. None when there is no filter, or `length` is less than a gram. Takes some bytes a token and shard.
+        """
+        run = length - GRAM + 1  # grams of such a match, one behind the other
+        if not self._blocks or run < 1:
+            return None
+        hashed = hashes(np.asarray(ids, np.int64))
+        present = np.zeros((len(hashed), len(self.sizes)), bool)
+        coarse = np.arange(run - 1, len(hashed), run)  # every run has one of these
+        present[coarse] = self._present(hashed[coarse])
+        near = coarse[present[coarse].any(1)][:, None] + np.arange(1 - run, run)
+        wanted = np.zeros(len(hashed), bool)
+        wanted[near[(near >= 0) & (near < len(hashed))]] = True
+        wanted[coarse] = False
+        present[wanted] = self._present(hashed[wanted])
+        return np.pad(in_runs(present, run), ((0, len(ids) - len(hashed)), (0, 0)))
+
+    def _present(self, hashed: np.ndarray) -> np.ndarray:
+        """Whether each gram, given its hash, may be in each shard: bool [grams, shards]."""
+        shards = len(self.sizes)
+        out = np.ones((len(hashed), shards), bool)
+        step = max(1, BATCH // shards)
+        for at in range(0, len(hashed), step):
+            some = hashed[at : at + step]
+            first = (block_of(some, self._blocks)[:, None] * shards + np.arange(shards)) * BLOCK  # [some, shards]
+            for probe in range(PROBES):
+                bit = bits_of(some, probe)[:, None]
+                byte = self.look("grams.bin", self._grams, (first + (bit >> 3)).ravel(), 1).reshape(first.shape)
+                out[at : at + step] &= (byte >> (bit & 7).astype(np.uint8) & 1).astype(bool)
         return out
 
     # -- many sequences at once ---------------------------------------------------------------------------------------
 
-    def longest(self, ids: Sequence[int] | np.ndarray, starts: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+    def longest(
+        self, ids: Sequence[int] | np.ndarray, starts: Sequence[int] | np.ndarray | None = None, within: np.ndarray | None = None
+    ) -> np.ndarray:  # fmt: skip
         """How many tokens of `ids` from each of `starts` (default: every one) stand together somewhere in the data.
 
         int64 [starts]: the matching statistics (Chang and Lawler 1994), from one bisection a start and shard, all together,
-        and comparing with both neighbours of the place where the text would stand.
+        and comparing with both neighbours of the place where the text would stand. `within` (bool [starts, shards]) names the
+        shards to look at.
         """
         query = Query(self, ids)
         starts = np.arange(len(query.ids)) if starts is None else np.asarray(starts, np.int64)
@@ -252,16 +322,14 @@ class Index:
         shards = len(self.sizes)
         step = max(1, BATCH // shards)
         for at in range(0, len(starts), step):
-            some = starts[at : at + step]
-            pairs, shard = np.tile(some, shards), np.repeat(np.arange(shards), len(some))
+            wanted = np.ones((len(starts[at : at + step]), shards), bool) if within is None else within[at : at + step]
+            row, shard = np.nonzero(wanted & (query.left[starts[at : at + step]] > 0)[:, None])
+            pairs = starts[at + row]
             place = self._insertion(query, pairs, query.left[pairs], shard, upper=False)
-            best = np.zeros(len(pairs), np.int64)
             for side in (place - 1, place):
-                there = np.flatnonzero((side >= 0) & (side < self.sizes[shard]) & (query.left[pairs] > 0))
+                there = np.flatnonzero((side >= 0) & (side < self.sizes[shard]))
                 spots = self.places(side[there], shard[there])
-                best[there] = np.maximum(best[there], query.common(spots, pairs[there]))
-            out[at : at + step] = best.reshape(shards, len(some)).max(0)
-            self.trim()
+                np.maximum.at(out, at + row[there], query.common(spots, pairs[there]))
         return out
 
     def intervals(
@@ -276,15 +344,18 @@ class Index:
         lengths = np.broadcast_to(np.asarray(length, np.int64), starts.shape)
         shards = len(self.sizes)
         lo, hi = np.zeros((len(starts), shards), np.int64), np.zeros((len(starts), shards), np.int64)
+        hashed = hashes(query.ids) if self._blocks else None
         step = max(1, BATCH // shards)
         for at in range(0, len(starts), step):
             some, many = starts[at : at + step], lengths[at : at + step]
-            fits = np.flatnonzero((query.left[some] >= many) & (many > 0))
-            pairs, left = np.tile(some[fits], shards), np.tile(many[fits], shards)
-            shard = np.repeat(np.arange(shards), len(fits))
+            wanted = np.repeat(((query.left[some] >= many) & (many > 0))[:, None], shards, 1)
+            if hashed is not None:
+                asked = np.flatnonzero(wanted[:, 0] & (many >= GRAM))
+                for gram in (some[asked], some[asked] + many[asked] - GRAM):  # the first and the last of each
+                    wanted[asked] &= self._present(hashed[gram])
+            row, shard = np.nonzero(wanted)
             for upper, out in ((False, lo), (True, hi)):
-                out[at + fits] = self._insertion(query, pairs, left, shard, upper=upper).reshape(shards, -1).T
-            self.trim()
+                out[at + row, shard] = self._insertion(query, some[row], many[row], shard, upper=upper)
         return lo, hi
 
     def counts(
@@ -301,17 +372,10 @@ class Index:
 
         Bisection of all at once, [n] each. What both ends share with the query is not compared again (Manber and Myers 1993).
         """
-        lo, hi = np.zeros(len(starts), np.int64), np.zeros(len(starts), np.int64)
-        if self._cold and len(self._maps["keys.bin"]) <= KEYS:
-            self._maps["keys.bin"].madvise(mmap.MADV_WILLNEED)
         mask = query.masks[np.minimum(left, self.per)]
         key = query.keys[starts] & mask
-        top = key | ~mask
-        for number in np.unique(shard):
-            mine = np.flatnonzero(shard == number)
-            keys = self.keys[self.key_starts[number] : self.key_starts[number + 1]]
-            lo[mine] = np.maximum(np.searchsorted(keys, key[mine], "left") - 1, 0) * STEP
-            hi[mine] = np.minimum(np.searchsorted(keys, top[mine], "right") * STEP, self.sizes[number])
+        lo = np.maximum(self._keys_before(key, shard, False) - 1, 0) * STEP
+        hi = np.minimum(self._keys_before(key | ~mask, shard, True) * STEP, self.sizes[shard])
         low_shared, high_shared = np.zeros(len(starts), np.int64), np.zeros(len(starts), np.int64)  # blocks of 8 bytes
         open_ = np.flatnonzero(lo < hi)
         while open_.size:
@@ -325,10 +389,26 @@ class Index:
             open_ = open_[lo[open_] < hi[open_]]
         return lo
 
+    def _keys_before(self, key: np.ndarray, shard: np.ndarray, same: bool) -> np.ndarray:
+        """How many keys of `shard` are before each `key` (`same`: or equal to it)."""
+        first = self.key_starts[shard]
+        lo, hi = first.copy(), self.key_starts[shard + 1].copy()
+        open_ = np.flatnonzero(lo < hi)
+        while open_.size:
+            middle = (lo[open_] + hi[open_]) >> 1
+            there = self.look("keys.bin", self.keys, middle, 8)
+            before = there <= key[open_] if same else there < key[open_]
+            lo[open_[before]] = middle[before] + 1
+            hi[open_[~before]] = middle[~before]
+            open_ = open_[lo[open_] < hi[open_]]
+        return lo - first
+
     # -- documents ----------------------------------------------------------------------------------------------------
 
     def document_of(self, positions: Positions | int) -> np.ndarray:
         """The number of the document in which each position lies."""
+        if self._cold and len(self._maps["documents.bin"]) <= WHOLE:
+            self._maps["documents.bin"].madvise(mmap.MADV_WILLNEED)
         return np.searchsorted(self.borders, np.asarray(positions, np.uint64), "right") - 1
 
     def document(self, number: int) -> Place:

@@ -19,6 +19,7 @@ import numpy as np
 from criadero.artifact import Artifact, open_artifact, read_passport, resolve, short_id
 from criadero.errors import UserError
 from criadero.trust.asks import asks
+from criadero.trust.grams import GRAM
 from criadero.trust.licence_names import relations
 from criadero.trust.search import Index, Interval, Place, open_index, tokens_id
 
@@ -129,11 +130,18 @@ def long_matches(index: Index, ids: list[int], at_least: int) -> np.ndarray:
 
     Few positions are looked at. A match of n tokens covers one of every n/2 positions, with n/2 + 1 tokens from there. And
     the end of the longest match never moves back from one position to the next: where it is the same at two, it is so between.
+    The index's filter leaves out shards in which no match of `at_least` covers a position: such a match has a gram at one of the
+    coarse positions, and the lengths of others are not told.
     """
     stride = max(1, at_least // 2)
+    within = index.covering(ids, at_least) if at_least >= stride + GRAM - 1 else None
+
+    def longest(where: np.ndarray) -> np.ndarray:
+        return index.longest(ids, where, None if within is None else within[where])
+
     out = np.zeros(len(ids), np.int64)
     coarse = np.arange(0, len(ids), stride)
-    out[coarse] = index.longest(ids, coarse)
+    out[coarse] = longest(coarse)
     reach = coarse + out[coarse]
     before = np.concatenate([[-1], reach[:-1]])
     between = -np.arange(1, stride)  # the positions that lie before a coarse one
@@ -144,7 +152,7 @@ def long_matches(index: Index, ids: list[int], at_least: int) -> np.ndarray:
     fine = (open_[:, None] + between).ravel()
     fine = fine[fine >= 0]
     if fine.size:
-        out[fine] = index.longest(ids, fine)
+        out[fine] = longest(fine)
     out[out < at_least] = 0
     return out
 
