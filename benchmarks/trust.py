@@ -1,11 +1,15 @@
 """Figures of the passport: tampering found, false alarms, proofs of membership, speed beside plain sha256 and OpenSSF's tool.
 
     python benchmarks/trust.py [--json] [--parts tampering,quick,alarms,membership,speed,licences,trace] [--scale 1.0]
+                               [--tokens 1e6] [--folder DIR] [--measures trace,recall,...]
 
 Tampering: 10,000 mutations of a signed model folder (a bit flipped, a file cut, two files swapped, a file added, a metric or an ancestor
 edited and every hash made right again, an old signature put on a newer folder), each verified whole with the signer's key.
 Membership: 10,000 proofs, half of them of documents that are absent, over a million documents. ``licences`` and ``trace`` are
-benchmarks of their own (trust_licences.py, trust_trace.py), which run here when they are there. ``--scale 0.01`` is what the tests run.
+benchmarks of their own (trust_licences.py, trust_trace.py), which run here when they are there: the trace over `--tokens` (a million by
+default), in an index that `--folder` may hold already, beside infini-gram where that is installed. ``--scale 0.01`` is what the tests run.
+
+The last part of the output (``table`` in JSON) has a row for each figure to reach: what was aimed at, what was measured, met or missed.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -315,17 +319,89 @@ def licences(root: Path, scale: float) -> dict[str, Any]:
     return found
 
 
+TRACE = {"tokens": "1e6", "folder": "", "measures": "build,prepare,trace,recall,guard,stream,peer_build,peer"}
+
+
 def trace(root: Path, scale: float) -> dict[str, Any]:
-    """What trust_trace.py measures, when it is there, on a million tokens."""
+    """What trust_trace.py measures, when it is there, as `TRACE` says."""
     script = Path(__file__).with_name("trust_trace.py")
     if not script.exists():
         return {"skipped": f"no {script.name}"}
-    command = [sys.executable, str(script), "--tokens", "1e6", "--folder", str(root / "trace"), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, str(script), "--json", "--tokens", TRACE["tokens"], "--measures", TRACE["measures"]]
+    done = subprocess.run(
+        [*command, "--folder", TRACE["folder"] or str(root / "trace")], capture_output=True, text=True
+    )
     if done.returncode:
         return {"failed": done.stderr.strip().splitlines()[-1:]}
     found: dict[str, Any] = json.loads(done.stdout)
     return found
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+# what, (part, key, ...), how the value stands to the target, target, unit
+FIGURES: list[tuple[str, tuple[str, ...], str, float, str]] = [
+    ("trace of a 450-token answer, warm, p50", ("trace", "trace", "warm_ms", "p50"), "<=", 50, "ms"),
+    ("trace of a 450-token answer, warm, p95", ("trace", "trace", "warm_ms", "p95"), "<=", 250, "ms"),
+    ("trace of a 450-token answer, cold, p95", ("trace", "trace", "cold_ms", "p95"), "<=", 1000, "ms"),
+    ("memory while tracing, mapped pages counted", ("trace", "trace", "rss_mb"), "<=", 300, "MB"),
+    ("index on disk", ("trace", "build", "bytes_a_token"), "<=", 6.2, "bytes a token"),
+    ("building the index", ("trace", "build", "tokens_a_second"), ">=", 1e6, "tokens/s"),
+    ("building the index, peak memory", ("trace", "build", "peak_mb"), "<=", 2000, "MB"),
+    ("planted spans found", ("trace", "recall", "recalled"), "of", 0, "trace recall planted"),
+    ("planted spans counted rightly", ("trace", "recall", "planted_counts_equal"), "of", 0, "trace recall planted"),
+    ("counts equal to brute force", ("trace", "recall", "equal"), "of", 0, "trace recall counted_by_hand"),
+    ("counts equal to infini-gram's", ("trace", "peer", "counts_equal"), "of", 0, "trace peer counts_compared"),
+    ("answers with the spans of infini-gram", ("trace", "peer", "answers_with_equal_spans"), "of", 0, "trace peer answers"),
+    ("our size over infini-gram's", ("trace", "size_ratio"), "<=", 1, "times"),
+    ("our time for spans over infini-gram's, p50", ("trace", "span_ratio"), "<=", 1, "times"),
+    ("our time for a count over infini-gram's, p50", ("trace", "count_ratio"), "<=", 1, "times"),
+    ("trace while streaming, tokens/s lost", ("trace", "stream", "percent_lost", "guard", "median"), "<=", 3, "%"),
+    ("mutations found", ("tampering", "found"), "of", 0, "tampering mutations"),
+    ("false alarms", ("alarms", "alarms"), "<=", 0, "of 1,000"),
+    ("membership proofs that are right", ("membership", "right"), "of", 0, "membership queries"),
+    ("largest membership proof", ("membership", "largest_proof_bytes"), "<=", 2000, "bytes"),
+    ("making a membership proof, longest", ("membership", "prove_ms", "max"), "<=", 5, "ms"),
+    ("checking a membership proof, longest", ("membership", "check_ms", "max"), "<=", 5, "ms"),
+    ("sealing's hashing over sha256's speed", ("speed", "rows", "sealing: sha256 and chunks in one pass", "share"), ">=", 0.8, "times"),
+    ("verifying over sha256's speed", ("speed", "rows", "verify", "share"), ">=", 0.8, "times"),
+    ("licence findings of labelled lineages, recall", ("licences", "labelled", "recall"), ">=", 1, ""),
+    ("licence findings of labelled lineages, precision", ("licences", "labelled", "precision"), ">=", 0.95, ""),
+    ("licence findings of their mutants, recall", ("licences", "mutants", "recall"), ">=", 1, ""),
+    ("licence findings of their mutants, precision", ("licences", "mutants", "precision"), ">=", 0.95, ""),
+]  # fmt: skip
+
+
+def at(values: Any, keys: Iterable[str]) -> Any:
+    """values[key][key]..., None where one is missing."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
+def ratios(found: dict[str, Any]) -> dict[str, float]:
+    """Ours over infini-gram's, where both were measured: below 1 is ahead."""
+    pairs = {
+        "size_ratio": (at(found, ("build", "bytes_a_token")), at(found, ("peer_build", "bytes_a_token"))),
+        "span_ratio": tuple(at(found, ("peer", "spans_ms", who, "p50")) for who in ("ours", "theirs")),
+        "count_ratio": tuple(at(found, ("peer", "count_ms", who, "p50")) for who in ("ours", "theirs")),
+    }
+    return {name: round(ours / theirs, 3) for name, (ours, theirs) in pairs.items() if ours and theirs}
+
+
+def table(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each figure to reach: what, target, value, and whether it was met (None: not measured in this run)."""
+    rows = []
+    for what, keys, way, target, unit in FIGURES:
+        value = at(result, keys)
+        if way == "of":
+            many = at(result, unit.split())
+            target, met, said = many, None if value is None else value == many, f"all of {many:,}" if many else "all"
+        else:
+            met = None if value is None else value <= target if way == "<=" else value >= target
+            said = f"{way} {target:,.10g} {unit}".strip()
+        rows.append({"what": what, "target": said, "value": value, "met": met})
+    return rows
 
 
 PARTS: dict[str, Callable[[Path, float], dict[str, Any]]] = {
@@ -343,6 +419,9 @@ def measure(parts: list[str], scale: float = 1.0) -> dict[str, Any]:
             began = time.perf_counter()
             result[part] = PARTS[part](Path(folder), scale)
             result[part]["took_seconds"] = round(time.perf_counter() - began, 1)
+    if "trace" in result:
+        result["trace"] |= ratios(result["trace"])
+    result["table"] = table(result)
     return result
 
 
@@ -351,7 +430,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--parts", default=",".join(PARTS), help="which, with commas")
     parser.add_argument("--scale", type=float, default=1.0, help="fewer mutations, documents and bytes")
+    parser.add_argument("--tokens", default=TRACE["tokens"], help="size of the index of the trace")
+    parser.add_argument("--folder", default="", help="where it is kept, or lies already; default: a temporary folder")
+    parser.add_argument("--measures", default=TRACE["measures"], help="of trust_trace.py, with commas")
     given = parser.parse_args()
+    TRACE.update(tokens=given.tokens, folder=given.folder, measures=given.measures)
     parts = [part for part in given.parts.split(",") if part]
     if unknown := set(parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
@@ -379,6 +462,11 @@ def main() -> None:
     for part in ("licences", "trace"):
         if part in result:
             print(f"{part}: {json.dumps(result[part])[:400]}")
+    print(f"\n{'':<50} {'target':<26} {'measured':>12}")
+    for row in result["table"]:
+        value = "-" if row["value"] is None else f"{row['value']:,.10g}"
+        said = {True: "met", False: "MISSED", None: "not measured"}[row["met"]]
+        print(f"{row['what']:<50} {row['target']:<26} {value:>12}  {said}")
 
 
 if __name__ == "__main__":

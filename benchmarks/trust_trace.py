@@ -5,7 +5,7 @@
 copied and other passages in turns. Each measurement runs in a process of its own. ``--peer`` also builds infini-gram's index.
 
 A folder that is given is kept, so a large corpus is built once (``--folder DIR --measures build,prepare,peer_build``) and asked
-as often as wanted (``--folder DIR --measures trace,recall,guard,peer``).
+as often as wanted (``--folder DIR --measures trace,recall,guard,stream,peer``).
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def make_corpus(folder: Path, tokens: int) -> None:
             for text in texts("pretrain"):
                 chunk.append(text)
                 if len(chunk) == 256:
-                    for ids in tokenizer.encode_batch(chunk):
-                        write(np.asarray(ids), 0)
+                    for some in tokenizer.encode_batch(chunk):
+                        write(np.asarray(some), 0)
                     chunk = []
                 if at > tokens // 2:
                     break
@@ -124,7 +124,7 @@ def make_answers(index: Any) -> list[str]:
     random = np.random.default_rng(SEED + 1)
     other = index.tokenizer.encode(" ".join(itertools.islice(texts("instruct/gsm8k_train"), 3000)))
     limit = int(np.searchsorted(index.rows, 1)) if (index.rows == 1).any() else index.documents  # public documents
-    found = []
+    found: list[str] = []
     while len(found) < ANSWERS:
         ids: list[int] = []
         while len(ids) < ANSWER:
@@ -286,6 +286,55 @@ def guard(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def stream(folder: Path) -> dict[str, Any]:
+    """Tokens a second of cria-chat while it answers, alone and with each token followed in the index by a guard, in turns; and
+    with the trace of the whole answer behind it, as a chat page asks for it."""
+    from criadero.engine.llm import LLM
+    from criadero.engine.request import SamplingParams
+    from criadero.trust.guard import Guard
+    from criadero.trust.search import open_index
+    from criadero.trust.trace import trace as trace_text
+
+    index, llm = open_index(folder / "index"), LLM("cria-chat")
+    questions = [" ".join(text.split()[:12]) for text in answers(index)[:12]]
+
+    def answer(n: int, way: str) -> tuple[int, float]:
+        watch, said, tokens = Guard(index), "", 0
+        start = time.perf_counter()
+        params = SamplingParams(max_tokens=200, temperature=0.9, seed=n)
+        llm.engine.add(llm.chat_request([{"role": "user", "content": questions[n]}], params)[0])
+        while llm.engine.busy:
+            for output in llm.engine.step():
+                said += output.text
+                tokens += len(output.ids)
+                if way != "alone":
+                    for token in output.ids:
+                        watch.push(token)
+        if way == "guard_and_trace" and said.strip():
+            trace_text(index, said)
+        return tokens, time.perf_counter() - start
+
+    ways = ("alone", "guard", "guard_and_trace")
+    rounds: dict[str, list[float]] = {way: [] for way in ways}
+    for turn in range(6):  # the first one warms up
+        spent = dict.fromkeys(ways, (0, 0.0))
+        for n in range(len(questions)):
+            for k in range(len(ways)):
+                way = ways[(turn + n + k) % len(ways)]
+                tokens, seconds = answer(n, way)
+                spent[way] = (spent[way][0] + tokens, spent[way][1] + seconds)
+        for way, (tokens, seconds) in spent.items():
+            rounds[way] += [tokens / seconds] if turn else []
+    alone = np.array(rounds["alone"])
+    return {
+        "tokens_a_second": {way: round(float(np.median(rates))) for way, rates in rounds.items()},
+        "percent_lost": {
+            way: {"median": round(float(np.median(lost)), 2), "least": round(float(lost.min()), 2), "most": round(float(lost.max()), 2)}
+            for way in ways[1:] for lost in [100 * (1 - np.array(rounds[way]) / alone)]
+        },
+    }  # fmt: skip
+
+
 ABSENT = {"skipped": "infini-gram is not installed (Linux only)"}
 
 
@@ -340,14 +389,16 @@ def peer(folder: Path) -> dict[str, Any]:
         agree += index.count(part) == engine.count(part)["count"]
     some = [index.encode(text) for text in answers(index)]
     times: dict[str, list[float]] = {"ours": [], "theirs": []}
-    same = 0
+    same = often = 0
+    differ: list[dict[str, Any]] = []
+    seldom = 10  # its own default leaves out spans that stand more often, in what it calls attribution; equal is asked of all
     for turn in range(2):
         for ids in some:
             start = time.perf_counter()
             runs = maximal(long_matches(index, ids, 8), np.arange(len(ids)), len(ids), 8)
             counts = [index.find(ids[a:b]) for a, b in runs]
             middle = time.perf_counter()
-            found = engine.attribute(ids, delim_ids=[], min_len=8, max_cnt=10, enforce_bow=False)
+            found = engine.attribute(ids, delim_ids=[], min_len=8, max_cnt=1 << 40, enforce_bow=False)
             done = time.perf_counter()
             if turn:
                 times["ours"].append(middle - start)
@@ -355,6 +406,8 @@ def peer(folder: Path) -> dict[str, Any]:
                 theirs = [(one["l"], one["r"], one["count"]) for one in found["spans"]]
                 ours = [(a, b, sum(hi - lo for _, lo, hi in where)) for (a, b), where in zip(runs, counts, strict=True)]
                 same += theirs == ours
+                differ += [] if theirs == ours else [{"ours": ours, "theirs": theirs}]
+                often += any(count > seldom for *_, count in ours)
     count_times: dict[str, list[float]] = {"ours": [], "theirs": []}
     for part in parts:
         start = time.perf_counter()
@@ -365,6 +418,7 @@ def peer(folder: Path) -> dict[str, Any]:
         count_times["theirs"].append(time.perf_counter() - middle)
     return {
         "counts_compared": checked, "counts_equal": agree, "answers": len(some), "answers_with_equal_spans": same,
+        "answers_that_differ": differ[:3], f"answers_with_spans_over_{seldom}_times": often,
         "spans_ms": {name: percentiles(some) for name, some in times.items()},
         "count_ms": {name: percentiles(some) for name, some in count_times.items()},
     }  # fmt: skip
@@ -383,23 +437,20 @@ def build_peer(program: Path, folder: Path, size: int, jobs: int = 2) -> None:
         count = jobs * -(-size // (jobs * PART_BYTES))
         step = size // count + size // count % 2
         common = ["--data-file", str(data), "--ratio", str(ratio), "--token-width", "2"]
-        quiet = {"stdout": subprocess.DEVNULL, "check": True}
+
+        def do(command: str, *more: str) -> None:
+            subprocess.run([str(program), command, *common, *more], stdout=subprocess.DEVNULL, check=True)
 
         def make_part(n: int) -> None:
             ends = ["--start-byte", str(n * step), "--end-byte", str(min((n + 1) * step + 100_000, size))]
-            subprocess.run([program, "make-part", *common, "--parts-dir", str(parts), *ends], **quiet)
+            do("make-part", "--parts-dir", str(parts), *ends)
 
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(make_part, range(count)))
         threads = ["--num-threads", str(jobs)]
-        subprocess.run(
-            [program, "merge", *common, *threads, "--parts-dir", str(parts), "--merged-dir", str(merged), "--hacksize", "100000"],
-            **quiet,
-        )  # fmt: skip
+        do("merge", *threads, "--parts-dir", str(parts), "--merged-dir", str(merged), "--hacksize", "100000")
         shutil.rmtree(parts)
-        subprocess.run(
-            [program, "concat", *common, *threads, "--merged-dir", str(merged), "--merged-file", str(folder / "table.0")], **quiet
-        )  # fmt: skip
+        do("concat", *threads, "--merged-dir", str(merged), "--merged-file", str(folder / "table.0"))
 
 
 def prepare(folder: Path) -> dict[str, Any]:
@@ -415,6 +466,7 @@ MEASURES = {
     "trace": trace,
     "recall": recall,
     "guard": guard,
+    "stream": stream,
     "peer_build": peer_build,
     "peer": peer,
 }
@@ -439,7 +491,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=float, default=1e6, help="size of the corpus")
     parser.add_argument("--folder", type=Path, help="where corpus and index are kept; default: a temporary folder")
     parser.add_argument("--peer", action="store_true", help="also build and ask infini-gram")
-    parser.add_argument("--measures", default="build,prepare,trace,recall,guard", help="which, with commas")
+    parser.add_argument("--measures", default="build,prepare,trace,recall,guard,stream", help="which, with commas")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--only", choices=MEASURES, help=argparse.SUPPRESS)
     given = parser.parse_args()

@@ -98,7 +98,10 @@ def export(
 
 def prove(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="a dataset")],
-    doc: Annotated[Path, typer.Option("--doc", help="a text file with the document, exactly")],
+    doc: Annotated[
+        Path,
+        typer.Option("--doc", help="a text file with the document, exactly; of a chat, what was said, a turn a line"),
+    ],
     out: Annotated[Path | None, typer.Option("--out", help="a file for the proof; default: standard output")] = None,
 ) -> None:
     """Prove that a document is, or is not, in the training data: anyone can check the proof who knows the data's root."""
@@ -133,7 +136,12 @@ def check_proof(
 
 
 def remove(
-    doc: Annotated[Path, typer.Argument(metavar="FILE", help="a text file with the document, exactly")],
+    doc: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="a text file with the document, exactly; of a chat, what was said, a turn a line"
+        ),
+    ],
     reason: Annotated[str, typer.Option("--reason", help="why it has to go")],
     by: Annotated[str, typer.Option("--by", help="who signs it off")],
     ledger: Annotated[Path, typer.Option("--ledger", help="the list it is added to")] = Path("removals.jsonl"),

@@ -32,3 +32,21 @@ def test_proofs_are_right_and_small(trust: ModuleType, tmp_path: Path) -> None:
     found = trust.membership(tmp_path, 0.005)
     assert (found["right"], found["documents"]) == (found["queries"], 5000)
     assert found["largest_proof_bytes"] < 1500
+
+
+def test_every_figure_has_a_row(trust: ModuleType) -> None:
+    result = {
+        "trace": {"trace": {"warm_ms": {"p50": 60}}, "recall": {"recalled": 9, "planted": 10}, "build": {"bytes_a_token": 6.0},
+                  "peer_build": {"bytes_a_token": 6.1}},
+        "alarms": {"alarms": 0},
+    }  # fmt: skip
+    result["trace"] |= trust.ratios(result["trace"])
+    rows = {row["what"]: row for row in trust.table(result)}
+    assert len(rows) == len(trust.FIGURES)
+    assert rows["trace of a 450-token answer, warm, p50"] == {
+        "what": "trace of a 450-token answer, warm, p50", "target": "<= 50 ms", "value": 60, "met": False,
+    }  # fmt: skip
+    assert (rows["planted spans found"]["target"], rows["planted spans found"]["met"]) == ("all of 10", False)
+    assert (rows["our size over infini-gram's"]["value"], rows["our size over infini-gram's"]["met"]) == (0.984, True)
+    assert rows["false alarms"]["met"] is True
+    assert rows["mutations found"]["met"] is None

@@ -214,9 +214,9 @@ def export(ref: str | Path | Artifact, to: str, *, lang: str = "en") -> str:
         raise UserError(f"--lang must be en or es, not {lang!r}")
     facts = facts_of(open_artifact(ref))
     if to == "croissant" and facts.kind != "dataset":
-        raise UserError(f"{facts.name} is a {facts.kind}: croissant describes a dataset")
+        raise UserError(f"{facts.name} is a {facts.kind}: croissant describes a dataset: give the folder of one")
     if to in ("eu-summary", "model-doc", "hf-card") and facts.kind not in MODELS:
-        raise UserError(f"{facts.name} is a {facts.kind}: {to} describes a model")
+        raise UserError(f"{facts.name} is a {facts.kind}: {to} describes a model: give one that was made of it")
     try:
         return formats[to](facts)
     except (

@@ -14,6 +14,7 @@ An index of format 1 may have ``grams.bin`` (index.json: ``grams``), a filter th
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import mmap
 import struct
@@ -427,8 +428,16 @@ class Index:
         return _names_of(self.path, self.about["names"][block], self.about["names"][block + 1])
 
     def text(self, start: int, end: int) -> str:
-        """The text of tokens `start` to `end`, clipped to the index; special tokens are left out."""
-        return self.tokenizer.decode(self.tokens[max(0, start) : max(0, end)].tolist(), continues=True)
+        """The text of tokens `start` to `end`, clipped to the index; turns of a chat, and what else stands between special
+        tokens, in lines of their own."""
+        ids = self.tokens[max(0, start) : max(0, end)].tolist()
+        parts = (list(part) for special, part in itertools.groupby(ids, self.special.__contains__) if not special)
+        return "\n".join(self.tokenizer.decode(part, continues=True) for part in parts)
+
+    @functools.cached_property
+    def special(self) -> frozenset[int]:
+        """The tokens that stand for no text."""
+        return frozenset(self.tokenizer.special.values())
 
     def encode(self, text: str) -> list[int]:
         """A text's tokens. UserError when it has none, or cannot be read."""

@@ -220,14 +220,12 @@ def with_documents(
             continue
         place = index.document(number)
         end = at + span.tokens
-        found.append(
-            Found(
-                place,
-                index.text(max(place.start, at - context), at),
-                index.text(at, end),
-                index.text(end, min(place.end, end + context)),
-            )
-        )
+        before, after = index.text(max(place.start, at - context), at), index.text(end, min(place.end, end + context))
+        if before and int(index.tokens[at - 1]) in index.special:  # the span begins a turn of a chat
+            before += "\n"
+        if after and int(index.tokens[end]) in index.special:
+            after = "\n" + after
+        found.append(Found(place, before, index.text(at, end), after))
     return dataclasses.replace(span, found=found)
 
 
