@@ -119,6 +119,7 @@ def chat(
             continue
         if text in ("/exit", "/quit"):
             break
+        before = list(talk.messages), talk.retries
         if text.split()[0] == "/retry":
             if not _take_back_answer(talk):
                 console.print(Text("there is no answer to give again", style="dim"))
@@ -132,17 +133,17 @@ def chat(
             talk.retries = 0
         if not live:
             print(f"you:   {text}", file=out)
-        turn(talk, console, prompts(_name(talk.llm))[1] if live else "model: ")
+        if not turn(talk, console, prompts(_name(talk.llm))[1] if live else "model: "):
+            talk.messages, talk.retries = before
 
 
-def turn(talk: Talk, console: Console, label: str) -> None:
-    """Answer the last message. What does not fit into the context is refused, and the chat stays as it was before."""
+def turn(talk: Talk, console: Console, label: str) -> bool:
+    """Answer the last message. False when it cannot be answered, as when it does not fit into the context; why is printed."""
     try:
         visible, dropped = fit(talk.llm, talk.messages, talk.max_tokens)
     except UserError as error:
-        talk.messages.pop()
         console.print(Text(f"error: {error}", style="red"))
-        return
+        return False
     if dropped:
         said = f"(the context is full: the model no longer sees the first {dropped} messages)"
         console.print(Text(said, style="dim"))
@@ -151,11 +152,11 @@ def turn(talk: Talk, console: Console, label: str) -> None:
     try:
         answer = _answer(talk, visible, console)
     except UserError as error:  # NaN logits, or a prompt that this model cannot take
-        talk.messages.pop()
         console.print(Text(f"error: {error}", style="red"))
-        return
+        return False
     talk.messages.append({"role": "assistant", "content": answer})
     keep_last(talk.ref, answer)
+    return True
 
 
 def _answer(talk: Talk, messages: list[Message], console: Console) -> str:

@@ -218,6 +218,21 @@ def test_a_question_is_answered_again_with_another_seed(folder: Path) -> None:
     assert talk(folder, ["a"], **settings).split("model: ")[1] == answers[0].split("you:")[0]
 
 
+def test_a_retry_that_fails_leaves_question_and_answer(folder: Path, tmp_path: Path) -> None:
+    small = tiny.base(tmp_path / "small", max_position_embeddings=24)
+    said = talk(
+        folder,
+        ["Can I pay by card, and when? " * 3, f"/model {small}", "/retry", f"/model {folder}", "/stats", "/retry"],
+    )
+    assert "the model's context is 24; shorten it" in said
+    assert "; 2 messages" in said
+    assert said.count("model: ") == 2
+    once = talk(folder, ["Can I pay by card, and when? " * 3, "/retry", "/retry"], temperature=1.0, seed=3)
+    lines = ["Can I pay by card, and when? " * 3, "/retry", f"/model {small}", "/retry", f"/model {folder}", "/retry"]
+    again = talk(folder, lines, temperature=1.0, seed=3)
+    assert again.split("model: ")[-1] == once.split("model: ")[-1]  # the one that failed has not used up a seed
+
+
 def test_stats_tell_what_the_answer_took(folder: Path) -> None:
     said = talk(folder, ["/stats", "Can I pay by card?", "And now?", "/stats"], seed=5)
     assert "nothing was answered yet" in said
