@@ -159,6 +159,13 @@ def test_a_tool_is_called_and_its_result_is_taken(live: serving.Live, client: an
     assert with_tools.input_tokens > client.messages.count_tokens(model="cria-chat", messages=question).input_tokens
 
 
+def test_models_are_listed_in_anthropics_words(client: anthropic.Anthropic) -> None:
+    [listed] = client.models.list()
+    assert (listed.id, listed.type, listed.lifecycle) == ("cria-chat", "model", "active")
+    assert client.models.retrieve("cria-chat") == listed
+    assert listed.max_input_tokens == 512
+
+
 def test_json_of_a_schema(client: anthropic.Anthropic) -> None:
     schema = {
         "type": "object",

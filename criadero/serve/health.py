@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -36,7 +37,10 @@ async def ready(request: Request) -> Response:
 @router.get("/v1/models")
 async def models(request: Request) -> dict[str, Any]:
     """All models and adapters that a request may name."""
-    return {"object": "list", "data": [as_dict(entry) for entry in service_of(request).pool.listed()]}
+    found = [as_dict(entry) for entry in service_of(request).pool.listed()]
+    return {
+        "object": "list", "data": found, "has_more": False, "first_id": found[0]["id"], "last_id": found[-1]["id"],
+    }  # fmt: skip
 
 
 @router.get("/v1/models/{name}")
@@ -46,11 +50,14 @@ async def model(name: str, request: Request) -> dict[str, Any]:
 
 
 def as_dict(entry: Entry) -> dict[str, Any]:
-    """OpenAI's shape, and what else is known."""
+    """OpenAI's shape, then Anthropic's, and what else is known."""
+    context = entry.body.context
     return {
         "id": entry.name, "object": "model", "created": entry.created, "owned_by": "criadero",
+        "type": "model", "display_name": entry.name, "lifecycle": "active", "max_input_tokens": context, "max_tokens": context,
+        "created_at": datetime.datetime.fromtimestamp(entry.created, datetime.UTC).isoformat().replace("+00:00", "Z"),
         "criadero": {
-            "kind": "adapter" if entry.adapter else "model", "base": entry.base, "loaded": entry.loaded, "context": entry.body.context,
+            "kind": "adapter" if entry.adapter else "model", "base": entry.base, "loaded": entry.loaded, "context": context,
             "memory_bytes": entry.body.memory, "has_template": entry.template is not None, "passport": entry.passport_id,
         },
     }  # fmt: skip

@@ -1,0 +1,68 @@
+"""The suites: what each needs, how it is asked to run, and what of it does not apply to this server, with the reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# the names by which the suites' own tests ask for a model
+OPENAI_NAMES = ("gpt-6-astra", "gpt-3.5-turbo-instruct", "text-embedding-3-small", "model")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """``command`` runs in ``folder``; ``{python}``, ``{url}``, ``{here}``, ``{modules}``, ``{source}``, ``{work}`` and ``{root}`` are
+    filled in.
+
+    ``package`` names the requirement whose version is told; with ``unpack`` its source archive is fetched, and ``{source}`` is where it
+    lies. ``not_applicable`` holds (pattern of a test's name or message, reason).
+    """
+
+    name: str
+    title: str
+    requirements: tuple[str, ...]
+    command: tuple[str, ...]
+    folder: str = "{here}"
+    package: str = ""
+    unpack: bool = False
+    kind: str = "python"  # or node
+    server: tuple[str, ...] = ()
+    not_applicable: tuple[tuple[str, str], ...] = ()
+    settings: tuple[tuple[str, str], ...] = ()  # environment
+
+
+RESOURCES = (
+    "tests/api_resources/chat/test_completions.py", "tests/api_resources/test_completions.py", "tests/api_resources/test_embeddings.py",
+    "tests/api_resources/test_models.py", "tests/api_resources/test_responses.py", "tests/api_resources/responses",
+)  # fmt: skip
+OPENAI_TOOLS = ("pytest==9.2.0", "pytest-asyncio==1.5.0", "inline-snapshot==0.36.1", "rich==15.0.0", "aiohttp==3.14.5")
+PYTEST = ("{python}", "-m", "pytest", "-p", "watch", "-q", "-x", "--maxfail=100000", "-p", "no:cacheprovider")
+ALIASES = tuple(word for name in OPENAI_NAMES for word in ("--alias", name))
+
+SUITES = (
+    Suite(
+        "openai-python", "openai-python's own tests of chat, completions, embeddings, models and responses",
+        ("openai==3.57.0", *OPENAI_TOOLS), (*PYTEST, *RESOURCES), folder="{source}", package="openai", unpack=True,
+        server=(*ALIASES, "--database", "{work}/store.sqlite"),
+        settings=(("TEST_API_BASE_URL", "{url}/v1"),),
+    ),
+    Suite(
+        "openai-python-without", "the same, each request asked again without the parameters that were refused",
+        ("openai==3.57.0", *OPENAI_TOOLS), (*PYTEST, *RESOURCES), folder="{source}", package="openai", unpack=True,
+        server=(*ALIASES, "--database", "{work}/store.sqlite", "--drop-refused"),
+        settings=(("TEST_API_BASE_URL", "{url}/v1"),),
+    ),
+    Suite(
+        "openai-client", "the openai package as a client: chat, streams, tools, structured output, completions, embeddings, errors",
+        ("openai==3.57.0", *OPENAI_TOOLS), (*PYTEST, "clients/test_openai_client.py"), package="openai",
+        server=("--database", "{work}/store.sqlite"),
+    ),
+    Suite(
+        "anthropic-client", "the anthropic package as a client: messages, streams, tools, counting, errors",
+        ("anthropic==2.13.0", "pytest==9.2.0"), (*PYTEST, "clients/test_anthropic_client.py"), package="anthropic",
+    ),
+    Suite(
+        "openai-node", "the openai package for Node.js as a client: chat, streams, tools, structured output, embeddings, responses",
+        ("openai@7.59.0", "zod@4"), ("node", "clients/openai_client.mjs"), package="openai", kind="node",
+        server=("--database", "{work}/store.sqlite"), settings=(("CRIADERO_MODULES", "{modules}"),),
+    ),
+)  # fmt: skip
