@@ -68,6 +68,14 @@ def serve(
         Path | None,
         typer.Option("--pubkey", help="and when they are signed with this key (implies --require-passport)"),
     ] = None,
+    otel: Annotated[
+        bool | None,
+        typer.Option(
+            "--otel/--no-otel",
+            help="send OpenTelemetry spans, without texts; default: when OTEL_EXPORTER_OTLP_ENDPOINT is set",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Serve models: a page to chat in, and an API that OpenAI's and Anthropic's clients use unchanged."""
     from criadero.serve.keys import hash_key
@@ -85,7 +93,7 @@ def serve(
     )  # fmt: skip
     if adapters is not None and not adapters.is_dir():
         raise UserError(f"--adapters {adapters}: there is no such folder")
-    run(settings, open_page=open_page)
+    run(settings, open_page=open_page, otel=otel)
 
 
 def bytes_of(text: str) -> int:
@@ -102,12 +110,14 @@ def bytes_of(text: str) -> int:
     return size
 
 
-def run(settings: Settings, *, open_page: bool) -> None:
+def run(settings: Settings, *, open_page: bool, otel: bool | None = None) -> None:
     """Serve until a signal ends it."""
     from criadero.serve.app import key_required, make_app, make_pool
     from criadero.serve.server import Server, listen
     from criadero.serve.store import open_store
+    from criadero.serve.telemetry import open_telemetry, wanted
 
+    telemetry = open_telemetry() if wanted(otel) else None
     logging.basicConfig(
         level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
@@ -128,7 +138,7 @@ def run(settings: Settings, *, open_page: bool) -> None:
             settings = pool.settings = dataclasses.replace(settings, port=port)
             host = "127.0.0.1" if settings.host in ("0.0.0.0", "::", "localhost") else settings.host
             address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-            app = make_app(settings, store=store, pool=pool)
+            app = make_app(settings, store=store, pool=pool, telemetry=telemetry)
             print(*describe(pool), sep="\n", flush=True)
 
             def started() -> None:

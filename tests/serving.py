@@ -17,6 +17,7 @@ from criadero.serve.app import make_app
 from criadero.serve.run import Service, Store
 from criadero.serve.server import Server, listen
 from criadero.serve.settings import Settings
+from criadero.serve.telemetry import Telemetry
 from criadero.serve.worker import Worker
 
 MODEL = "cria-chat"
@@ -56,11 +57,13 @@ class Live:
 
 
 @contextlib.contextmanager
-def serving(settings: Settings | None = None, *, store: Store | None = None) -> Iterator[Live]:
+def serving(
+    settings: Settings | None = None, *, store: Store | None = None, telemetry: Telemetry | None = None
+) -> Iterator[Live]:  # fmt: skip
     """A server on a free port; ended when the block is left."""
     settings = replace(settings or Settings(models=(MODEL,)), port=0)
     made = listen(settings)
-    app = make_app(settings, store=store)
+    app = make_app(settings, store=store, telemetry=telemetry)
     server = Server(app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [made]}, daemon=True)
     thread.start()

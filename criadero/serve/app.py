@@ -40,6 +40,7 @@ from criadero.serve.params import of_validation
 from criadero.serve.run import Service, Store
 from criadero.serve.settings import Settings
 from criadero.serve.storing import kept
+from criadero.serve.telemetry import CARRIED, Telemetry
 
 log = logging.getLogger("criadero.serve")
 LOCAL = Key("local", "local")
@@ -55,9 +56,11 @@ SECURITY = {
 BODY_SECONDS = 60.0  # in which a body has to arrive
 
 
-def make_app(settings: Settings, *, store: Store | None = None, pool: Pool | None = None) -> FastAPI:
+def make_app(
+    settings: Settings, *, store: Store | None = None, pool: Pool | None = None, telemetry: Telemetry | None = None
+) -> FastAPI:  # fmt: skip
     """The application. UserError: a model that is not there or cannot fit, or an open address without keys."""
-    service = Service(settings, pool or make_pool(settings), Admission(settings.limits), Metrics(), store)
+    service = Service(settings, pool or make_pool(settings), Admission(settings.limits), Metrics(), store, telemetry)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -68,6 +71,8 @@ def make_app(settings: Settings, *, store: Store | None = None, pool: Pool | Non
             for task in tasks:
                 task.cancel()
             await service.pool.close()
+            if telemetry is not None:
+                await asyncio.to_thread(telemetry.close)
 
     app = FastAPI(
         title="Criadero", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False,
@@ -194,6 +199,9 @@ class Gate:
             self._check_source(scope, headers)
             key = await self._key(scope, headers)
             state["key"], state["owner"] = key, key.owner
+            if self.service.telemetry is not None:
+                names = ("traceparent", "tracestate")
+                CARRIED.set({**{n: headers[n] for n in names if n in headers}, "request_id": state["request_id"]})
             body = await self._body(scope, headers, receive)
             await self.app(scope, _replay(body, receive) if body is not None else receive, sending)
         except ApiError as error:

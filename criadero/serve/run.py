@@ -28,6 +28,7 @@ from criadero.serve.keys import Key, KeyStore
 from criadero.serve.metrics import Metrics
 from criadero.serve.models import Entry, Pool
 from criadero.serve.settings import Settings
+from criadero.serve.telemetry import CARRIED, Telemetry
 from criadero.serve.worker import Channel, Event, Started, Waiting, Worker
 from criadero.tokenizer import Tokenizer
 
@@ -57,6 +58,7 @@ class Service:
     admission: Admission
     metrics: Metrics
     store: Store | None = None
+    telemetry: Telemetry | None = None
 
 
 @dataclass(frozen=True)
@@ -128,12 +130,14 @@ class Run:
         self._building = Building(1 if self.request.pooling else params.n, len(self.dropped))
         self.result = self._building.result()
         self._channel = Channel(asyncio.get_running_loop())
-        self._arrived = time.monotonic()
-        self._started: float | None = None
-        self._first: float | None = None
-        self._ended: float | None = None
+        self.arrived = time.monotonic()
+        self.started: float | None = None
+        self.first: float | None = None
+        self.ended: float | None = None
         self._latest: dict[int, float] = {}
         self._cancelled = False
+        self.left = False  # the client went away
+        self.carried = CARRIED.get()
 
     # --- its life ---
 
@@ -179,7 +183,7 @@ class Run:
             if isinstance(event, Output):
                 self._took(event)
             elif isinstance(event, Started):
-                self._started = event.at
+                self.started = event.at
                 self.waiting = None
             elif isinstance(event, Waiting):
                 self.waiting = event
@@ -213,6 +217,7 @@ class Run:
     def gone(self) -> None:
         """The client went away."""
         if not self.done:
+            self.left = True
             self.service.metrics.gone.labels(self.entry.name).inc()
             self.cancel()
 
@@ -227,6 +232,8 @@ class Run:
             tokens = used.prompt + used.completion if self.done else self._so_far() if self._id else 0
             self.service.admission.leave(self._ticket, tokens)
         self.service.pool.release(self.entry)
+        if self._id and self.service.telemetry is not None:
+            self.service.telemetry.record(self)
 
     def _so_far(self) -> int:
         return len(self.request.prompt) + sum(len(sample.ids) for sample in self.result.samples)
@@ -235,9 +242,9 @@ class Run:
         now = time.monotonic()
         metrics, name = self.service.metrics, self.entry.name
         if output.ids or output.embedding is not None:
-            if self._first is None:
-                self._first = now
-                metrics.first_token.labels(name).observe(now - self._arrived)
+            if self.first is None:
+                self.first = now
+                metrics.first_token.labels(name).observe(now - self.arrived)
             before = self._latest.get(output.index)
             if before is not None and output.ids:
                 metrics.between_tokens.labels(name).observe((now - before) / len(output.ids))
@@ -249,19 +256,19 @@ class Run:
         if output.finish_reason is not None:
             metrics.success.labels(name, output.finish_reason).inc()
         if output.done:
-            self.done, self._ended = True, now
+            self.done, self.ended = True, now
             self.result = self._building.result()
             usage = self.result.usage
             metrics.prompt_tokens.labels(name).inc(usage.prompt)
             metrics.generation_tokens.labels(name).inc(usage.completion)
             metrics.prompt_size.labels(name).observe(usage.prompt)
             metrics.answer_size.labels(name).observe(usage.completion)
-            metrics.whole.labels(name).observe(now - self._arrived)
-            metrics.queued.labels(name).observe((self._started or now) - self._arrived)
+            metrics.whole.labels(name).observe(now - self.arrived)
+            metrics.queued.labels(name).observe((self.started or now) - self.arrived)
             metrics.cache_queries.labels(name).inc(usage.prompt)
             metrics.cache_hits.labels(name).inc(usage.cached)
-            if self._first is not None and len(self.result.samples) == 1:
-                metrics.saw_speed(name, len(self.result.ids) - 1, now - self._first)
+            if self.first is not None and len(self.result.samples) == 1:
+                metrics.saw_speed(name, len(self.result.ids) - 1, now - self.first)
 
     # --- what is said of it ---
 
@@ -277,8 +284,8 @@ class Run:
     @property
     def queue_ms(self) -> int:
         """How long it has waited for its start."""
-        until = self._started or self._ended or time.monotonic()
-        return max(0, round(1000 * (until - self._arrived)))
+        until = self.started or self.ended or time.monotonic()
+        return max(0, round(1000 * (until - self.arrived)))
 
     async def finish(self) -> dict[str, Any]:
         """The `criadero` block; the receipt is kept first. To be called once, when it has ended."""
