@@ -108,6 +108,22 @@ def test_an_answer_that_was_cut_off_is_the_beginning_of_the_whole(live: serving.
     assert again.texts[0].startswith(message["content"])
 
 
+def test_an_answer_of_the_page_is_the_same_again(
+    live: serving.Live, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = live.post("/api/chats", {"model": "shop", "system": "Be kind."}).json()["id"]
+    parent = None
+    for content in ("Can I pay by card?", "¿Y abren los domingos?"):
+        made = live.post(f"/api/chats/{chat}/messages", {"parent": parent, "content": content}).json()["id"]
+        body = {"parent": made, "params": {"max_tokens": 30, "temperature": 1.2}, "probabilities": True}
+        answer = serving.events(live.post(f"/api/chats/{chat}/answer", body).text)[-1]["message"]
+        assert run("replay", answer["receipt_id"], "--database", store.name, "--json") == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["answers"] == [answer["content"]]
+        assert told["differs"] == []
+        parent = answer["id"]
+
+
 def test_what_differs_is_said(
     live: serving.Live, store: Store, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,7 +166,11 @@ def test_what_cannot_be_replayed_is_told(
     assert "prompt_ids" not in (store.any_receipt(unkept) or {})
     vector = live.post("/v1/embeddings", {"input": "hola"}).json()["criadero"]["receipt"]["id"]
     for args, said in (
-        ((unkept,), "its prompt was not kept"),
+        (
+            (unkept,),
+            'its prompt was not kept, only its hash: to have answers that can be replayed, ask with "store": true, or ',
+        ),
+        ((unkept,), "start criadero serve --keep-prompts"),
         ((vector,), "the receipt of a vector"),
         (("rcpt-0",), "there is no receipt"),
         ((unkept, "--database", tmp_path / "none.db"), "there is no database"),
