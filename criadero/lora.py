@@ -45,7 +45,10 @@ def adapted_linear(
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer and its adapter: ``[..., in] -> [..., out]``."""
+    """A frozen linear layer and its adapter: ``[..., in] -> [..., out]``. ``int8``: while it learns, the compiled kernels may compute
+    the products with the frozen weight in whole numbers of 8 bits, forward and for the gradient of x; `forward` here never does."""
+
+    int8 = False
 
     def __init__(self, base: FrozenLinear, rank: int, scale: float, dropout: float, dora: bool = False) -> None:
         super().__init__()

@@ -7,9 +7,13 @@ Shape legend: T tokens, D hidden size, F feed-forward size, H query heads, K key
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from criadero.kernels.formats import QuantTensor
+from criadero.kernels.reference import SPAN
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -120,5 +124,72 @@ def product(
 
 
 def has_product() -> bool:
-    """Whether `product` should be called for bf16; it is only here to be replaced."""
+    """Whether products belong here rather than to PyTorch; it is only here to be replaced."""
     return False
+
+
+class Weight:
+    """A frozen weight ``[N, K]`` as it lies, dense or packed."""
+
+    def __init__(self, w: Tensor) -> None:
+        self.w = w
+
+    @classmethod
+    def dense(cls, w: Tensor) -> Weight:
+        return cls(w)
+
+    @classmethod
+    def quant(cls, q: Tensor, scales: Tensor, mins: Tensor | None, bits: int, group: int) -> Weight:
+        """As `criadero.kernels.formats.QuantTensor` has it."""
+        packed = QuantTensor(bits, group, q.numpy(), scales.numpy(), None if mins is None else mins.numpy())
+        return cls(torch.from_numpy(packed.dequantise()))
+
+
+def _spans(x: Tensor, dim: int, f16: bool = False) -> Tensor:
+    """x rounded to whole numbers of at most 127, with a scale (an f16 one) for every 128 elements of ``dim``."""
+    parts = []
+    for part in x.split(SPAN, dim):
+        scale = part.abs().amax(dim, keepdim=True) / 127
+        if f16:
+            scale = (scale * 4096).half().to(scale.dtype) / 4096
+        divided = torch.where(scale > 0, part / torch.where(scale > 0, scale, 1.0), 0.0)
+        parts.append(divided.round().clamp(-127, 127) * scale)
+    return torch.cat(parts, dim)
+
+
+def _frozen_product(a: Tensor, b: Tensor, whole: bool) -> Tensor:
+    """a ``[T, K]`` @ b ``[K, N]``; with ``whole`` both are rounded to 8 bits, along the depth."""
+    wide = _wide(a)
+    b = b.to(wide.dtype)
+    return _spans(wide, 1) @ _spans(b, 0, f16=True) if whole else wide @ b
+
+
+def frozen(
+    x: Tensor, weights: Sequence[Weight], lows: Sequence[Tensor | None], ups: Sequence[Tensor | None], out: Tensor,
+    residual: Tensor | None, whole: bool, threads: int,
+) -> None:  # fmt: skip
+    """out ``[T, sum of N]``: beside each other, x @ w' + low @ up' of each weight w ``[N, K]``, with low ``[T, R]`` and up ``[N, R]``
+    (or None); and the residual."""
+    parts = []
+    for weight, low, up in zip(weights, lows, ups, strict=True):
+        y = _frozen_product(x, weight.w.t(), whole)
+        parts.append(y if low is None or up is None else y + _wide(low) @ _wide(up).t())
+    y = torch.cat(parts, 1)
+    out.copy_(y if residual is None else y + _wide(residual))
+
+
+def frozen_backward(
+    dy: Tensor,
+    weights: Sequence[Weight],
+    low: Tensor | None,
+    down: Tensor | None,
+    dx: Tensor,
+    whole: bool,
+    threads: int,
+) -> None:
+    """dx ``[T, K]`` = the sum of dy @ w over the weights (dy of all beside each other) + low @ down (or None)."""
+    parts = dy.split([len(weight.w) for weight in weights], 1)
+    total = torch.zeros_like(dx, dtype=_wide(dy).dtype) if low is None or down is None else _wide(low) @ _wide(down)
+    for part, weight in zip(parts, weights, strict=True):
+        total = total + _frozen_product(part, weight.w, whole)
+    dx.copy_(total)

@@ -95,16 +95,24 @@ class Setting:
     kv_heads: int
     eps: float
     threads: int
+    learning: bool = True  # False: only looked at, and then no product is computed in whole numbers
+
+    def whole(self, layers: Sequence[Frozen]) -> bool:
+        """Whether products with these are computed in whole numbers."""
+        return self.learning and all(layer.whole for layer in layers)
+
+    def for_frozen(self, whole: bool) -> Any:
+        """Whose ``Weight``, ``frozen`` and ``frozen_backward`` to take. In whole numbers the compiled ones are the faster everywhere."""
+        return self.kernels if whole or self.kernels.has_product() else reference_train
 
     def product(
         self, a: Tensor, b: Tensor, out: Tensor | None = None, *, residual: Tensor | None = None, a_across: bool = False,
         b_across: bool = False, add: bool = False,
     ) -> Tensor:  # fmt: skip
-        """``a @ b``, of operands as they lie (``a_across``: a is given transposed), plus ``residual``; f32 sums of bf16."""
+        """``a @ b``, of operands as they lie (``a_across``: a is given transposed), plus ``residual``; f32 sums."""
         if out is None:
             out = a.new_empty(a.shape[1] if a_across else a.shape[0], b.shape[0] if b_across else b.shape[1])
-        ours = a.dtype == torch.bfloat16 and self.kernels.has_product() and (a_across or a.shape[1] % 2 == 0)
-        which = self.kernels if ours else reference_train
+        which = self.kernels if self.kernels.has_product() else reference_train
         which.product(a, b, out, residual, a_across, b_across, add, self.threads)
         return out
 
@@ -201,20 +209,18 @@ class _Adapted(torch.autograd.Function):
         *adapters: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         read, r = _read(at, before, x, norm)
-        down, up = adapters[::2], adapters[1::2]
+        down, up = adapters[::2], list(adapters[1::2])
         stacked = torch.cat(down) if down else read.new_empty(0, read.shape[1])  # [R, in]: the ranks one after another
         low = at.product(read, stacked, b_across=True) if down else read.new_empty(len(x), 0)  # [T, R]
+        for layer, part in zip(layers, _by_rank(low, layers), strict=True):
+            _scale(part, layer.scale)
         y = read.new_empty(len(x), sum(layer.width for layer in layers))
-        rank, column, number = 0, 0, 0
-        for layer in layers:
-            part = y[:, column : column + layer.width]
-            whole = len(layers) == 1
-            at.product(read, layer.weight(), part, b_across=True, residual=residual if whole else None)
-            if layer.rank:
-                part_low, scaled = low[:, rank : rank + layer.rank], _scaled(up[number], layer.scale)
-                at.product(part_low, scaled, part, b_across=True, residual=part)
-                rank, number = rank + layer.rank, number + 1
-            column += layer.width
+        ups, whole = iter(up), at.whole(layers)
+        kernels = at.for_frozen(whole)
+        kernels.frozen(
+            read, [layer.weight(kernels) for layer in layers], [part if part.shape[1] else None for part in _by_rank(low, layers)],
+            [next(ups) if layer.rank else None for layer in layers], y, residual, whole, at.threads,
+        )  # fmt: skip
         ctx.at, ctx.before, ctx.layers, ctx.residual = at, before, layers, residual is not None
         ctx.save_for_backward(x, norm, r, low, stacked, *up)
         ctx.set_materialize_grads(False)
@@ -229,18 +235,20 @@ class _Adapted(torch.autograd.Function):
         d_handed: Tensor | None = grads[1]
         d_low, d_read = torch.empty_like(low), grad.new_empty(len(x), stacked.shape[1])
         d_up: list[Tensor] = []
-        rank, column = 0, 0
-        for i, layer in enumerate(ctx.layers):
-            part = grad[:, column : column + layer.width]
-            at.product(part, layer.weight(), d_read, residual=d_read if i else None)
+        parts = grad.split([layer.width for layer in ctx.layers], 1)
+        for layer, part, here, d_here in zip(
+            ctx.layers, parts, _by_rank(low, ctx.layers), _by_rank(d_low, ctx.layers), strict=True
+        ):
             if layer.rank:
-                ranks = slice(rank, rank + layer.rank)
-                at.product(part, _scaled(up[len(d_up)], layer.scale), d_low[:, ranks])
-                d_up.append(_scaled(at.product(part, low[:, ranks], a_across=True), layer.scale))
-                rank += layer.rank
-            column += layer.width
-        if rank:
-            at.product(d_low, stacked, d_read, residual=d_read)
+                at.product(part, up[len(d_up)], d_here)
+                _scale(d_here, layer.scale)
+                d_up.append(at.product(here, part, a_across=True).t())  # low holds the scale already
+        whole = at.whole(ctx.layers)
+        kernels = at.for_frozen(whole)
+        kernels.frozen_backward(
+            grad, [layer.weight(kernels) for layer in ctx.layers], d_low if d_up else None, stacked if d_up else None,
+            d_read, whole, at.threads,
+        )  # fmt: skip
         dx, read = d_read, x
         if ctx.before == "norm":
             dx, _ = at.norm_backward(d_read, x, norm, r, None if d_handed is None else d_handed.contiguous())
@@ -251,31 +259,40 @@ class _Adapted(torch.autograd.Function):
             at.kernels.swiglu_backward(d_read, x, dx, read, at.threads)
         if d_handed is not None:
             dx = dx + d_handed
-        d_stacked = at.product(d_low, read, a_across=True) if rank else stacked
-        d_down = d_stacked.split([layer.rank for layer in ctx.layers if layer.rank]) if rank else ()
+        d_stacked = at.product(d_low, read, a_across=True) if d_up else stacked
+        d_down = d_stacked.split([layer.rank for layer in ctx.layers if layer.rank]) if d_up else ()
         pairs = [t for pair in zip(d_down, d_up, strict=True) for t in pair]
         return dx, grad if ctx.residual else None, None, None, None, None, *pairs
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """A frozen linear layer beside an adapter of this rank (0: none). ``base`` may be packed: then it is written out for each product."""
+    """A frozen linear layer beside an adapter of this rank (0: none). ``whole``: its products may be computed in whole numbers."""
 
     base: nn.Module
     width: int
     scale: float
     rank: int
+    whole: bool = False
 
-    def weight(self) -> Tensor:
-        return base_weight(self.base)  # [width, in]
+    def weight(self, kernels: Any) -> Any:
+        """The weight ``[width, in]`` as it lies, packed or not, as a ``Weight`` of these kernels."""
+        if isinstance(self.base, QuantLinear):
+            base = self.base
+            return kernels.Weight.quant(base.q, base.scales, base.mins, base.bits, base.group)
+        return kernels.Weight.dense(base_weight(self.base))
 
 
-def _scaled(x: Tensor, scale: float) -> Tensor:
-    """``x * scale``, in pieces so small that PyTorch leaves its other threads asleep (see `_Adapted`)."""
-    out, rows = torch.empty_like(x), max(1, 16384 // max(1, x.shape[1]))
-    for start in range(0, len(x), rows):
-        torch.mul(x[start : start + rows], scale, out=out[start : start + rows])
-    return out
+def _by_rank(low: Tensor, layers: Sequence[Frozen]) -> Sequence[Tensor]:
+    """The columns of ``low`` ``[T, R]`` that belong to each layer."""
+    return low.split([layer.rank for layer in layers], 1)
+
+
+def _scale(x: Tensor, scale: float) -> None:
+    """``x *= scale``, in pieces so small that PyTorch leaves its other threads asleep (see `_Adapted`)."""
+    if scale != 1.0 and x.shape[1]:
+        for part in x.split(max(1, 16384 // x.shape[1])):
+            part.mul_(scale)
 
 
 def _read(at: Setting, before: str, x: Tensor, norm: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -298,7 +315,7 @@ def _through(
     for layer in layers:
         if isinstance(layer, LoraLinear) and layer.magnitude is None and not (layer.dropout and layer.training):
             rank, width = layer.lora_A.shape[0], layer.lora_B.shape[0]
-            frozen.append(Frozen(layer.base, width, layer.scale, rank))
+            frozen.append(Frozen(layer.base, width, layer.scale, rank, layer.int8))
             adapters += [layer.lora_A, layer.lora_B]
         elif isinstance(layer, QuantLinear) or (isinstance(layer, nn.Linear) and not layer.weight.requires_grad):
             frozen.append(Frozen(layer, layer.out_features, 1.0, 0))
@@ -420,6 +437,7 @@ def learned_rows(model: Llama, batch: Batch, kernels: Any | None = None) -> tupl
         config.num_key_value_heads,
         config.rms_norm_eps,
         torch.get_num_threads(),
+        torch.is_grad_enabled(),
     )
     x = model.model.embed_tokens(rows.ids)  # [T, D]
     for block in model.model.layers:

@@ -11,6 +11,7 @@ import time
 
 import torch
 
+from criadero.kernels import native, reference_train
 from criadero.model import ModelConfig
 
 
@@ -27,15 +28,19 @@ def keep_memory() -> None:
 
 
 def matmul_seconds(dtype: torch.dtype, config: ModelConfig, rows: int) -> float:
-    """Seconds of one feed-forward product and its two gradients with ``rows`` tokens, the best of several."""
+    """Seconds of one feed-forward product and its two gradients with ``rows`` tokens, the best of several, by whoever will compute
+    them in training: the compiled kernels where they have products of their own, else PyTorch."""
     x = torch.randn(rows, config.hidden_size).to(dtype)
     w = torch.randn(config.intermediate_size, config.hidden_size).to(dtype)
-    best = float("inf")
+    y, dx, dw = x.new_empty(rows, len(w)), torch.empty_like(x), torch.empty_like(w)
+    ours = getattr(native(), "train", None)
+    product = ours.product if ours is not None and ours.has_product() else reference_train.product
+    threads, best = torch.get_num_threads(), float("inf")
     for _ in range(4):
         start = time.perf_counter()
-        y = torch.mm(x, w.t())
-        torch.mm(y, w)
-        torch.mm(y.t(), x)
+        product(x, w, y, None, False, True, False, threads)
+        product(y, w, dx, None, False, False, False, threads)
+        product(y, x, dw, None, True, False, False, threads)
         best = min(best, time.perf_counter() - start)
     return best
 
@@ -43,8 +48,8 @@ def matmul_seconds(dtype: torch.dtype, config: ModelConfig, rows: int) -> float:
 def choose_dtype(wanted: str, config: ModelConfig, device: str, rows: int = 1024) -> tuple[torch.dtype, str]:
     """The dtype to compute in, and one line that says why.
 
-    ``auto`` measures: bf16 is up to 2.5 times as fast as float32 on CPUs that multiply it natively, and up to 500 times slower
-    on some that do not (pytorch issue 146508).
+    ``auto`` measures: bf16 is up to 2.5 times as fast as float32 on CPUs that multiply it natively. Where the compiled kernels
+    compute, it is as fast on others; PyTorch's is several times slower there, on some 500 times (pytorch issue 146508).
     """
     if wanted != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted], f"{wanted}, as asked"

@@ -1,6 +1,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <optional>
 #include <stdexcept>
@@ -190,40 +191,188 @@ void attend(const Rows& qkv_, const Longs1& starts, int heads, int kv_heads, con
     attend_documents(shared_pool(threads), b, backward);
 }
 
+// The operands of a product, checked.
+Lying lying(const Matrix& a) {
+    Lying out;
+    out.form = a.type == Element::bf16 ? Form::bf16 : Form::f32;
+    out.data = a.data;
+    out.stride = a.bytes();
+    out.rows = static_cast<int>(a.rows);
+    out.columns = static_cast<int>(a.columns);
+    return out;
+}
+
+void check_term(const Term& t, size_t m, size_t n) {
+    const size_t m2 = static_cast<size_t>(t.a_across ? t.a.columns : t.a.rows), n2 = static_cast<size_t>(t.b_across ? t.b.rows : t.b.columns);
+    const int k = t.b_across ? t.b.columns : t.b.rows;
+    refuse(t.depth() != k, "the operands do not fit: " + std::to_string(t.depth()) + " and " + std::to_string(k));
+    refuse(m2 != m || n2 != n, "out: [" + std::to_string(m2) + ", " + std::to_string(n2) + "] is needed");
+}
+
+// In bf16 where the processor multiplies it and the operands allow it, else in f32.
+void run_products(int threads, const std::vector<Product>& products) {
+    Pool& pool = shared_pool(threads);
+    if (products.empty() || products[0].m == 0) return;
+    bool narrow = has_product_bf16();
+    for (const Product& p : products) {
+        for (const Term& t : p.terms) narrow = narrow && !t.whole && t.a.form == Form::bf16 && (t.a_across || t.depth() % 2 == 0);
+        narrow = narrow && (!p.residual || p.type == Element::bf16);
+    }
+    if (!narrow) return compute(pool, products);
+    for (const Product& p : products) {
+        if (p.n > 0) product_bf16(pool, p);
+    }
+}
+
+void set_residual(Product& p, const Rows& residual_, const Matrix& out) {
+    const Matrix residual = like(residual_, "residual", out);
+    p.residual = residual.data;
+    p.residual_stride = residual.bytes();
+}
+
+Product product_into(const Matrix& out) {
+    Product p;
+    p.m = static_cast<int>(out.rows);
+    p.n = static_cast<int>(out.columns);
+    p.out = out.data;
+    p.out_stride = out.bytes();
+    p.type = out.type;
+    return p;
+}
+
 void product(const Rows& a_, const Rows& b_, const Rows& out_, const std::optional<Rows>& residual_, bool a_across, bool b_across, bool add,
              int threads) {
-    const Matrix a = matrix(a_, "a"), b = matrix(b_, "b"), out = matrix(out_, "out");
-    refuse(!has_product_bf16(), "this processor (or level) multiplies no bf16");
-    refuse(a.type != Element::bf16 || b.type != Element::bf16, "a and b must be bfloat16");
-    const size_t m = a_across ? a.columns : a.rows, k = a_across ? a.rows : a.columns;
-    const size_t n = b_across ? b.rows : b.columns, k2 = b_across ? b.columns : b.rows;
-    refuse(k != k2, "a and b do not fit: " + std::to_string(k) + " and " + std::to_string(k2));
-    refuse(out.rows != m || out.columns != n, "out: [" + std::to_string(m) + ", " + std::to_string(n) + "] is needed");
-    refuse(!a_across && k % 2 != 0, "an odd number of columns");
+    const Matrix out = matrix(out_, "out");
+    Product p = product_into(out);
+    Term t;
+    t.a = lying(matrix(a_, "a"));
+    t.b = lying(matrix(b_, "b"));
+    t.a_across = a_across;
+    t.b_across = b_across;
+    check_term(t, out.rows, out.columns);
     refuse(add && out.type != Element::f32, "only a float32 out can be added to");
-    Product p;
-    if (residual_) {
-        const Matrix residual = like(*residual_, "residual", out);
-        refuse(residual.type != Element::bf16, "residual must be bfloat16");
-        p.residual = reinterpret_cast<const uint16_t*>(residual.data);
-        p.residual_stride = residual.stride;
-    }
-    p.a = reinterpret_cast<const uint16_t*>(a.data);
-    p.b = reinterpret_cast<const uint16_t*>(b.data);
-    p.a_stride = a.stride;
-    p.b_stride = b.stride;
-    p.a_across = a_across;
-    p.b_across = b_across;
-    p.m = static_cast<int>(m);
-    p.n = static_cast<int>(n);
-    p.k = static_cast<int>(k);
-    p.out = out.data;
-    p.out_stride = out.stride;
-    p.out_f32 = out.type == Element::f32;
     p.add = add;
-    if (m == 0 || n == 0) return;
+    if (residual_) set_residual(p, *residual_, out);
+    p.terms.push_back(t);
     nb::gil_scoped_release release;
-    product_bf16(shared_pool(threads), p);
+    run_products(threads, {p});
+}
+
+// A frozen weight as it lies, kept alive.
+struct PyWeight {
+    Lying w;
+    std::vector<nb::ndarray<nb::device::cpu>> kept;
+};
+
+PyWeight weight_dense(const Rows& w_) { return {lying(matrix(w_, "weight")), {w_}}; }
+
+using Bytes2 = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+PyWeight weight_quant(const Bytes2& q, const Bytes2& scales, const std::optional<Bytes2>& mins, int bits, int group) {
+    refuse(bits != 4 && bits != 8, std::to_string(bits) + " bits: 4 and 8 are known");
+    const auto code = bits == 4 ? nb::dlpack::dtype_code::UInt : nb::dlpack::dtype_code::Int;
+    refuse(q.dtype().code != static_cast<uint8_t>(code) || q.dtype().bits != 8, bits == 4 ? "q: uint8 [N, K / 2] is needed" : "q: int8 [N, K] is needed");
+    refuse(q.shape(0) >= size_t{1} << 30 || q.shape(1) >= size_t{1} << 29, "q is too large");
+    PyWeight out;
+    out.w.form = bits == 4 ? Form::int4 : Form::int8;
+    out.w.data = static_cast<const uint8_t*>(q.data());
+    out.w.stride = q.shape(1);
+    out.w.rows = static_cast<int>(q.shape(0));
+    out.w.columns = static_cast<int>(q.shape(1)) * (bits == 4 ? 2 : 1);
+    refuse(group < 1 || out.w.columns % group != 0 || (bits == 4 && group % 2 != 0), "groups of " + std::to_string(group) + " do not divide the columns");
+    out.w.group = group;
+    const auto table = [&](const Bytes2& a, const char* name) {
+        const bool floating = a.dtype().code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float) && (a.dtype().bits == 16 || a.dtype().bits == 32);
+        refuse(!floating || a.shape(0) != q.shape(0) || a.shape(1) != static_cast<size_t>(out.w.columns / group),
+               std::string(name) + ": float16 or float32 [N, K / group] is needed");
+        out.kept.emplace_back(a);
+        return a.data();
+    };
+    out.kept.emplace_back(q);
+    out.w.scales = table(scales, "scales");
+    out.w.half = scales.dtype().bits == 16;
+    if (mins) {
+        refuse(bits != 4 || mins->dtype().bits != scales.dtype().bits, "mins go with 4 bits, and are of the scales' type");
+        out.w.mins = table(*mins, "mins");
+    }
+    return out;
+}
+
+using WeightList = std::vector<const PyWeight*>;
+using PartList = std::vector<std::optional<Rows>>;
+
+// out [T, sum of N]: beside each other, x w' + low up' of each weight w, and the residual
+void frozen(const Rows& x_, const WeightList& weights, const PartList& lows, const PartList& ups, const Rows& out_, const std::optional<Rows>& residual_,
+            bool whole, int threads) {
+    const Matrix x = matrix(x_, "x"), out = matrix(out_, "out");
+    refuse(weights.empty() || lows.size() != weights.size() || ups.size() != weights.size(), "a low and an up (or None) are needed for each weight");
+    refuse(out.rows != x.rows || out.type != x.type, "out: the rows and the type of x are needed");
+    std::vector<Product> products;
+    size_t column = 0;
+    const size_t size = out.type == Element::bf16 ? 2 : 4;
+    for (size_t i = 0; i < weights.size(); ++i) {
+        Product p = product_into(out);
+        p.n = weights[i]->w.rows;
+        p.out = out.data + column * size;
+        refuse(column + static_cast<size_t>(p.n) > out.columns, "out has fewer columns than the weights have rows");
+        if (residual_) {
+            set_residual(p, *residual_, out);
+            p.residual += column * size;
+        }
+        Term t;
+        t.a = lying(x);
+        t.b = weights[i]->w;
+        t.b_across = true;
+        t.whole = whole;
+        check_term(t, x.rows, static_cast<size_t>(p.n));
+        p.terms.push_back(t);
+        refuse(lows[i].has_value() != ups[i].has_value(), "a low needs an up");
+        if (lows[i]) {
+            Term l;
+            l.a = lying(matrix(*lows[i], "low"));
+            l.b = lying(matrix(*ups[i], "up"));
+            l.b_across = true;
+            check_term(l, x.rows, static_cast<size_t>(p.n));
+            p.terms.push_back(l);
+        }
+        products.push_back(p);
+        column += static_cast<size_t>(p.n);
+    }
+    refuse(column != out.columns, "out: " + std::to_string(column) + " columns are needed");
+    nb::gil_scoped_release release;
+    run_products(threads, products);
+}
+
+// dx [T, K] = the sum of dy w of each weight w (dy of all beside each other), and low down
+void frozen_backward(const Rows& dy_, const WeightList& weights, const std::optional<Rows>& low_, const std::optional<Rows>& down_, const Rows& dx_,
+                     bool whole, int threads) {
+    const Matrix dy = matrix(dy_, "dy"), dx = matrix(dx_, "dx");
+    Product p = product_into(dx);
+    size_t column = 0;
+    for (const PyWeight* one : weights) {
+        Matrix part = dy;
+        part.columns = static_cast<size_t>(one->w.rows);
+        refuse(column + part.columns > dy.columns, "dy has fewer columns than the weights have rows");
+        part.data += column * (dy.type == Element::bf16 ? 2 : 4);
+        Term t;
+        t.a = lying(part);
+        t.b = one->w;
+        t.whole = whole;
+        check_term(t, dx.rows, dx.columns);
+        p.terms.push_back(t);
+        column += part.columns;
+    }
+    refuse(weights.empty() || column != dy.columns, "dy: " + std::to_string(column) + " columns are needed");
+    refuse(low_.has_value() != down_.has_value(), "a low needs a down");
+    if (low_) {
+        Term l;
+        l.a = lying(matrix(*low_, "low"));
+        l.b = lying(matrix(*down_, "down"));
+        check_term(l, dx.rows, dx.columns);
+        p.terms.push_back(l);
+    }
+    nb::gil_scoped_release release;
+    run_products(threads, {p});
 }
 
 }  // namespace
@@ -238,7 +387,12 @@ void bind_train(nb::module_& m) {
     t.def("attend", &attend, "qkv"_a, "starts"_a, "heads"_a, "kv_heads"_a, "cosine"_a, "sine"_a, "out"_a, "lse"_a, "d_out"_a.none(),
           "d_qkv"_a.none(), "threads"_a);
     t.def("product", &product, "a"_a, "b"_a, "out"_a, "residual"_a.none(), "a_across"_a, "b_across"_a, "add"_a, "threads"_a);
-    t.def("has_product", &has_product_bf16);
+    t.def("has_product", &own_products);
+    nb::class_<PyWeight>(t, "Weight", "A frozen weight [N, K] as it lies; see Lying in csrc/train.h.")
+        .def_static("dense", &weight_dense, "w"_a)
+        .def_static("quant", &weight_quant, "q"_a, "scales"_a, "mins"_a.none(), "bits"_a, "group"_a);
+    t.def("frozen", &frozen, "x"_a, "weights"_a, "lows"_a, "ups"_a, "out"_a, "residual"_a.none(), "whole"_a, "threads"_a);
+    t.def("frozen_backward", &frozen_backward, "dy"_a, "weights"_a, "low"_a.none(), "down"_a.none(), "dx"_a, "whole"_a, "threads"_a);
 }
 
 }  // namespace criadero

@@ -97,7 +97,7 @@ inline void multiply(const float* w, const float* x, int count, float* sums) {
 
 // What one span of quantised weights adds to row m's sums.
 void quantised(const Weights& w, const uint8_t* span, const float* unpacked, int from, int width, const Block& b, int m, float* y) {
-    const int slice = from / SLICE, groups = w.group ? width / w.group : 1, step = width / groups;
+    const int slice = from / SLICE, groups = w.group ? most(1, width / w.group) : 1, step = width / groups;  // the last span may be short
     const uint16_t* scales = (const uint16_t*)(span + (size_t)width * (w.kind == Kind::int8 ? TILE : TILE / 2));
     const uint16_t* mins = scales + groups * TILE;
     const float scale = b.scales[from / SPAN * b.width + m];

@@ -5,6 +5,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "pool.h"
 
@@ -67,23 +68,76 @@ struct AttendBatch {
 };
 void attend_documents(Pool& pool, const AttendBatch& batch, bool backward);
 
-// --- bf16 products ---
+// --- products ---
 
-// out[m][n] (+)= sum over k of a(m, k) * b(k, n), with f32 sums. A transposed operand is given as it lies in memory.
-struct Product {
-    const uint16_t *a = nullptr, *b = nullptr;
-    size_t a_stride = 0, b_stride = 0;    // elements from row to row
-    bool a_across = false;  // a lies as [K, M] (else [M, K])
-    bool b_across = false;  // b lies as [N, K] (else [K, N])
-    int m = 0, n = 0, k = 0;
-    void* out = nullptr;  // [M, N]
-    size_t out_stride = 0;
-    bool out_f32 = false, add = false;      // add: to what `out` holds (f32 only)
-    const uint16_t* residual = nullptr;     // bf16 [M, N], added before rounding
-    size_t residual_stride = 0;
+struct Block;  // linear.h
+enum class Form : uint8_t { f32, bf16, int8, int4 };
+
+// A matrix as it lies: an operand of a product. The packed numbers of a frozen weight are as kernels/formats.py says.
+struct Lying {
+    Form form = Form::f32;
+    const uint8_t* data = nullptr;
+    size_t stride = 0;                             // bytes from row to row
+    int rows = 0, columns = 0;
+    int group = 0;                                 // of packed numbers: columns that share a scale
+    const void *scales = nullptr, *mins = nullptr; // [rows][columns / group]; no mins: int4 counts from -8
+    bool half = false;                             // scales and mins are f16, else f32
 };
-bool has_product_bf16();  // at this level, on this processor
-void product_bf16(Pool& pool, const Product& p);  // sums run in an order that depends on K alone
+
+// a b: rows of the result times its columns. An operand that lies across is transposed: a as [K, M] (else [M, K]), b as [N, K] (else [K, N]).
+struct Term {
+    Lying a, b;
+    bool a_across = false, b_across = false;
+    bool whole = false;  // computed in whole numbers of 8 bits: a with a scale for each row and span of 128, b for each column and span
+    int depth() const { return a_across ? a.rows : a.columns; }
+};
+
+// out [m, n] = the sum of the terms, and the residual, or what `out` held. f32 sums, in an order that depends on the depths alone.
+struct Product {
+    std::vector<Term> terms;
+    int m = 0, n = 0;
+    uint8_t* out = nullptr;
+    size_t out_stride = 0;               // bytes
+    Element type = Element::f32;         // of out and residual
+    bool add = false;                    // f32 only
+    const uint8_t* residual = nullptr;
+    size_t residual_stride = 0;          // bytes
+};
+
+// Products of the same m and operands a, one beside the other. Terms in whole numbers must come first in each.
+void compute(Pool& pool, const std::vector<Product>& products);
+bool own_products();  // whether products at this level are meant to be computed here rather than by PyTorch
+
+// What one instruction set provides for products; train_product_impl.h.
+struct ProductKernels {
+    int rows = 0, columns = 0, vector = 0;  // of the sums that are held in registers; columns in one of these
+    // columns [from, from + count) of a row in f32
+    void (*strip)(const Lying& w, int row, int from, int count, float* to);
+    // rows [first, first + count) of an a, over its whole depth: as rows, or, of one that lies across, as panels [depth][rows]; zeros beyond
+    void (*pack_a)(const Lying& a, bool across, int first, int count, float* to, float* room);
+    // [count][width] of b: columns [n, n + columns), zeros up to width; depth [k, k + count). room: 16 x count
+    void (*pack_b)(const Lying& b, bool across, int n, int columns, int width, int k, int count, float* to, float* room);
+    // sums [rows][width] (+)= a (rs from row to row, ks along the depth) x b [depth][width]; width: a multiple of `vector` up to `columns`
+    void (*panel)(const float* a, size_t rs, size_t ks, const float* b, int depth, int width, float* sums, size_t stride, bool more);
+    // c [16][width] += a [16][depth] x b [depth][width]
+    void (*thin)(const float* a, const float* b, int depth, int width, float* c);
+    // one row of results: rounded, with the residual
+    void (*finish)(const float* sums, int n, Element type, uint8_t* out, const uint8_t* residual, bool add);
+    // tiles of 16 columns [n, n + columns) of b over the whole depth, as linear.h has them (int8, groups of 128, `TILE_UNIT`).
+    // room: 128 x columns, rounded up to 16, or 128 x 16
+    void (*build)(const Lying& b, bool across, int n, int columns, int depth, uint8_t* to, size_t tile_bytes, float* room);
+    // y [16][stride] (+)= a block of quantised rows x built tiles; false: not done, linear.h's kernels have to
+    bool (*whole)(const uint8_t* tile, size_t tile_bytes, int tiles, const Block& block, float* y, size_t stride, bool add);
+};
+constexpr float TILE_UNIT = 1.0f / 4096;  // scales of built tiles in f16: from 1.5e-8 to 16
+const ProductKernels& products_portable();
+const ProductKernels& products_avx2();
+const ProductKernels& products_avx512();
+const ProductKernels& products_neon();
+const ProductKernels& product_kernels();  // of the current level
+
+bool has_product_bf16();  // AVX512_BF16, at this level, on this processor
+void product_bf16(Pool& pool, const Product& p);  // of a in bf16, of even depth where it does not lie across
 
 // train_avx512_bf16.cpp. Panels: of b 64 columns in [K / 2][64][2], of a 6 rows in [K / 2][6][2], zeros beyond the edges.
 constexpr int PANEL_ROWS = 6, PANEL_COLUMNS = 64;

@@ -1,8 +1,10 @@
 // Compiled with the flags of this instruction set.
 #include "train_impl.h"
+#include "train_product_impl.h"
 
 namespace criadero {
 
 const TrainKernels& train_neon(Element type) { return tables[(int)type]; }
+const ProductKernels& products_neon() { return products; }
 
 }  // namespace criadero
