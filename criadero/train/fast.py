@@ -24,7 +24,12 @@ from criadero.model import Block, Llama, RMSNorm
 from criadero.quant_linear import QuantLinear
 from criadero.train.batches import IGNORE, Batch
 
-CHUNK = 2048  # rows of logits alive at once
+CHUNK = 2048  # rows of logits alive at once, at most
+
+
+def chunk_rows(vocab: int) -> int:
+    """Rows of logits alive at once: so many that they, and what a product makes of them, stay near 100 MB."""
+    return max(256, min(CHUNK, 2**25 // vocab))
 
 
 def obstacle(model: Llama) -> str | None:
@@ -53,7 +58,17 @@ def obstacle(model: Llama) -> str | None:
 def describe(model: Llama) -> str:
     """Which code computes a step, in a few words for the run's first lines."""
     reason = obstacle(model)
-    return f"compiled training kernels ({level()})" if reason is None else f"PyTorch's own kernels ({reason})"
+    if reason is not None:
+        return f"PyTorch's own kernels ({reason})"
+    whole = any(isinstance(module, LoraLinear) and module.int8 for module in model.modules())
+    return f"compiled training kernels ({level()})" + (", frozen weights multiplied in int8" if whole else "")
+
+
+def multiply_in_int8(model: Llama) -> None:
+    """Let the compiled kernels compute the products of training with the frozen weights under adapters in whole numbers of 8 bits."""
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            module.int8 = True
 
 
 @dataclass(frozen=True)
@@ -96,14 +111,6 @@ class Setting:
     eps: float
     threads: int
     learning: bool = True  # False: only looked at, and then no product is computed in whole numbers
-
-    def whole(self, layers: Sequence[Frozen]) -> bool:
-        """Whether products with these are computed in whole numbers."""
-        return self.learning and all(layer.whole for layer in layers)
-
-    def for_frozen(self, whole: bool) -> Any:
-        """Whose ``Weight``, ``frozen`` and ``frozen_backward`` to take. In whole numbers the compiled ones are the faster everywhere."""
-        return self.kernels if whole or self.kernels.has_product() else reference_train
 
     def product(
         self, a: Tensor, b: Tensor, out: Tensor | None = None, *, residual: Tensor | None = None, a_across: bool = False,
@@ -205,23 +212,23 @@ class _Adapted(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, at: Setting, before: str, norm: Tensor | None, layers: Sequence[Frozen],
+        ctx: Any, x: Tensor, residual: Tensor | None, at: Setting, before: str, norm: Tensor | None, frozen: Frozen,
         *adapters: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         read, r = _read(at, before, x, norm)
         down, up = adapters[::2], list(adapters[1::2])
         stacked = torch.cat(down) if down else read.new_empty(0, read.shape[1])  # [R, in]: the ranks one after another
         low = at.product(read, stacked, b_across=True) if down else read.new_empty(len(x), 0)  # [T, R]
+        layers = frozen.layers
         for layer, part in zip(layers, _by_rank(low, layers), strict=True):
             _scale(part, layer.scale)
         y = read.new_empty(len(x), sum(layer.width for layer in layers))
-        ups, whole = iter(up), at.whole(layers)
-        kernels = at.for_frozen(whole)
-        kernels.frozen(
-            read, [layer.weight(kernels) for layer in layers], [part if part.shape[1] else None for part in _by_rank(low, layers)],
-            [next(ups) if layer.rank else None for layer in layers], y, residual, whole, at.threads,
+        ups = iter(up)
+        frozen.kernels.frozen(
+            read, [layer.weight for layer in layers], [part if part.shape[1] else None for part in _by_rank(low, layers)],
+            [next(ups) if layer.rank else None for layer in layers], y, residual, frozen.whole, at.threads,
         )  # fmt: skip
-        ctx.at, ctx.before, ctx.layers, ctx.residual = at, before, layers, residual is not None
+        ctx.at, ctx.before, ctx.frozen, ctx.residual = at, before, frozen, residual is not None
         ctx.save_for_backward(x, norm, r, low, stacked, *up)
         ctx.set_materialize_grads(False)
         return y, x.view_as(x)
@@ -231,23 +238,22 @@ class _Adapted(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, norm, r, low, stacked, *up = ctx.saved_tensors
         at: Setting = ctx.at
+        frozen: Frozen = ctx.frozen
         grad = grads[0].contiguous()
         d_handed: Tensor | None = grads[1]
         d_low, d_read = torch.empty_like(low), grad.new_empty(len(x), stacked.shape[1])
         d_up: list[Tensor] = []
-        parts = grad.split([layer.width for layer in ctx.layers], 1)
+        parts = grad.split([layer.width for layer in frozen.layers], 1)
         for layer, part, here, d_here in zip(
-            ctx.layers, parts, _by_rank(low, ctx.layers), _by_rank(d_low, ctx.layers), strict=True
+            frozen.layers, parts, _by_rank(low, frozen.layers), _by_rank(d_low, frozen.layers), strict=True
         ):
             if layer.rank:
                 at.product(part, up[len(d_up)], d_here)
                 _scale(d_here, layer.scale)
                 d_up.append(at.product(here, part, a_across=True).t())  # low holds the scale already
-        whole = at.whole(ctx.layers)
-        kernels = at.for_frozen(whole)
-        kernels.frozen_backward(
-            grad, [layer.weight(kernels) for layer in ctx.layers], d_low if d_up else None, stacked if d_up else None,
-            d_read, whole, at.threads,
+        frozen.kernels.frozen_backward(
+            grad, [layer.weight for layer in frozen.layers], d_low if d_up else None, stacked if d_up else None,
+            d_read, frozen.whole, at.threads,
         )  # fmt: skip
         dx, read = d_read, x
         if ctx.before == "norm":
@@ -260,30 +266,51 @@ class _Adapted(torch.autograd.Function):
         if d_handed is not None:
             dx = dx + d_handed
         d_stacked = at.product(d_low, read, a_across=True) if d_up else stacked
-        d_down = d_stacked.split([layer.rank for layer in ctx.layers if layer.rank]) if d_up else ()
+        d_down = d_stacked.split([layer.rank for layer in frozen.layers if layer.rank]) if d_up else ()
         pairs = [t for pair in zip(d_down, d_up, strict=True) for t in pair]
         return dx, grad if ctx.residual else None, None, None, None, None, *pairs
 
 
 @dataclass(frozen=True)
-class Frozen:
-    """A frozen linear layer beside an adapter of this rank (0: none). ``whole``: its products may be computed in whole numbers."""
+class Layer:
+    """A frozen linear layer beside an adapter of this rank (0: none). ``weight`` ``[width, in]`` is a ``Weight`` of the kernels."""
 
-    base: nn.Module
+    weight: Any
     width: int
     scale: float
     rank: int
-    whole: bool = False
-
-    def weight(self, kernels: Any) -> Any:
-        """The weight ``[width, in]`` as it lies, packed or not, as a ``Weight`` of these kernels."""
-        if isinstance(self.base, QuantLinear):
-            base = self.base
-            return kernels.Weight.quant(base.q, base.scales, base.mins, base.bits, base.group)
-        return kernels.Weight.dense(base_weight(self.base))
 
 
-def _by_rank(low: Tensor, layers: Sequence[Frozen]) -> Sequence[Tensor]:
+@dataclass(frozen=True)
+class Frozen:
+    """Frozen layers that read the same rows; whose ``frozen`` and ``frozen_backward`` compute them, and whether in whole numbers."""
+
+    layers: Sequence[Layer]
+    kernels: Any
+    whole: bool
+
+    @classmethod
+    def of(cls, layers: Sequence[nn.Module], at: Setting) -> Frozen:
+        whole = at.learning and all(isinstance(layer, LoraLinear) and layer.int8 for layer in layers)
+        # where products are left to PyTorch, whole numbers are not: it has none
+        kernels = at.kernels if whole or at.kernels.has_product() else reference_train
+        found = []
+        for layer in layers:
+            base = layer.base if isinstance(layer, LoraLinear) else layer
+            scale, rank = (layer.scale, len(layer.lora_A)) if isinstance(layer, LoraLinear) else (1.0, 0)
+            assert isinstance(base, nn.Linear | QuantLinear)
+            found.append(Layer(_weight_of(base, kernels), base.out_features, scale, rank))
+        return cls(found, kernels, whole)
+
+
+def _weight_of(base: nn.Module, kernels: Any) -> Any:
+    """The weight of a frozen layer as it lies, packed or not, as a ``Weight`` of these kernels."""
+    if isinstance(base, QuantLinear):
+        return kernels.Weight.quant(base.q, base.scales, base.mins, base.bits, base.group)
+    return kernels.Weight.dense(base_weight(base))
+
+
+def _by_rank(low: Tensor, layers: Sequence[Layer]) -> Sequence[Tensor]:
     """The columns of ``low`` ``[T, R]`` that belong to each layer."""
     return low.split([layer.rank for layer in layers], 1)
 
@@ -311,19 +338,18 @@ def _through(
     x: Tensor, residual: Tensor | None, at: Setting, before: str, norm: nn.Module | None, layers: Sequence[nn.Module]
 ) -> tuple[Tensor, Tensor]:
     """Linear layers of any kind that read the same rows, side by side, and x; what `_Adapted` does not take calls the modules."""
-    frozen, adapters = [], []
+    taken, adapters = True, []
     for layer in layers:
-        if isinstance(layer, LoraLinear) and layer.magnitude is None and not (layer.dropout and layer.training):
-            rank, width = layer.lora_A.shape[0], layer.lora_B.shape[0]
-            frozen.append(Frozen(layer.base, width, layer.scale, rank, layer.int8))
+        if isinstance(layer, LoraLinear):
+            taken = taken and layer.magnitude is None and not (layer.dropout and layer.training)
             adapters += [layer.lora_A, layer.lora_B]
-        elif isinstance(layer, QuantLinear) or (isinstance(layer, nn.Linear) and not layer.weight.requires_grad):
-            frozen.append(Frozen(layer, layer.out_features, 1.0, 0))
+        elif not isinstance(layer, QuantLinear):
+            taken = taken and isinstance(layer, nn.Linear) and not layer.weight.requires_grad
     scale = None if norm is None else norm.weight
     assert scale is None or isinstance(scale, Tensor)
-    if len(frozen) == len(layers) and not (scale is not None and scale.requires_grad):
+    if taken and not (scale is not None and scale.requires_grad):
         wide = None if scale is None else scale.detach().to(_wide(x.dtype))
-        return _Adapted.apply(x, residual, at, before, wide, frozen, *adapters)
+        return _Adapted.apply(x, residual, at, before, wide, Frozen.of(layers, at), *adapters)
     read = x
     if before == "norm":
         read = _Norm.apply(x, at, scale)
@@ -397,9 +423,10 @@ class _Loss(torch.autograd.Function):
         losses = hidden.new_empty(len(hidden), dtype=wide)
         d_hidden = torch.empty_like(hidden) if backward else None
         d_weight = torch.zeros_like(weight, dtype=wide) if backward and ctx.needs_input_grad[2] else None
-        buffer = hidden.new_empty(min(CHUNK, len(hidden)), weight.shape[0])
-        for start in range(0, len(hidden), CHUNK):
-            here = slice(start, min(start + CHUNK, len(hidden)))
+        rows = chunk_rows(len(weight))
+        buffer = hidden.new_empty(min(rows, len(hidden)), len(weight))
+        for start in range(0, len(hidden), rows):
+            here = slice(start, min(start + rows, len(hidden)))
             logits = at.product(hidden[here], weight, buffer[: here.stop - start], b_across=True)
             at.kernels.cross_entropy(logits, targets[here], losses[here], backward, at.threads)
             if d_hidden is not None:
