@@ -12,7 +12,7 @@ TESTS = Path(__file__).resolve().parents[1] / "tests"
 PROOFS = {
     "the openai package as a client": ("test_serve_chat.py", "import openai"),
     "the anthropic package as a client": ("test_serve_anthropic.py", "import anthropic"),
-    "schemathesis, on our own OpenAPI document": ("test_serve_faults.py", "import schemathesis"),
+    "schemathesis, on our own OpenAPI document": ("test_serve_spec.py", "schemathesis.cli"),
 }
 
 

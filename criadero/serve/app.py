@@ -9,12 +9,14 @@ import logging
 import secrets
 import socket
 from collections.abc import AsyncIterator
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from criadero.errors import UserError
@@ -39,6 +41,7 @@ from criadero.serve.models import Pool
 from criadero.serve.params import of_validation
 from criadero.serve.run import Service, Store
 from criadero.serve.settings import Settings
+from criadero.serve.spec import App
 from criadero.serve.storing import kept
 from criadero.serve.telemetry import CARRIED, Telemetry
 
@@ -74,7 +77,7 @@ def make_app(
             if telemetry is not None:
                 await asyncio.to_thread(telemetry.close)
 
-    app = FastAPI(
+    app = App(
         title="Criadero", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False,
         description="OpenAI-compatible API of criadero serve",
     )  # fmt: skip
@@ -154,8 +157,22 @@ async def _http_error(request: Request, error: Exception) -> Response:
     codes = {404: "not_found", 405: "method_not_allowed", 400: "invalid_request"}
     text = {404: "there is no such address", 405: "this address does not take that method"}
     message = text.get(error.status_code, str(error.detail))
-    one = ApiError(error.status_code, codes.get(error.status_code, "invalid_request"), message, None, error.headers)
+    headers = {"Allow": ", ".join(allowed(request))} if error.status_code == 405 else error.headers
+    one = ApiError(error.status_code, codes.get(error.status_code, "invalid_request"), message, None, headers)
     return error_response(request, one)
+
+
+def allowed(request: Request) -> list[str]:
+    """The methods that the address takes, whichever route has them; where it stands for itself, not as somebody's id."""
+    found: dict[bool, set[str]] = {True: set(), False: set()}
+    routes: list[Any] = list(request.app.routes)
+    while routes:
+        route = routes.pop()
+        if hasattr(route, "original_router"):  # FastAPI keeps a router that was included as one route
+            routes += route.original_router.routes
+        elif route.matches(request.scope)[0] is not Match.NONE:
+            found[route.path == request.scope["path"]] |= set(getattr(route, "methods", None) or ())
+    return sorted(found[True] or found[False])
 
 
 # --- the gate ---
@@ -263,8 +280,8 @@ class Gate:
         return LOCAL
 
     async def _body(self, scope: Scope, headers: Headers, receive: Receive) -> bytes | None:
-        """The whole body of a write; None for what has none."""
-        if scope["method"] in ("GET", "HEAD", "OPTIONS"):
+        """The whole body of a write; None for what has none (of a method that no address takes, nobody reads it)."""
+        if scope["method"] not in ("POST", "PUT", "PATCH", "DELETE"):
             return None
         most = self.service.settings.limits.body_bytes
         too_large = ApiError(

@@ -13,6 +13,7 @@ from criadero.errors import UserError
 _PATH = re.compile(r"(?<![\w:/.])(?:[A-Za-z]:)?(?:[/\\][\w.@+~-]+){2,}[/\\]?")
 _TYPES = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+    405: "invalid_request_error",
     408: "timeout_error", 409: "conflict_error", 413: "invalid_request_error", 415: "invalid_request_error",
     429: "rate_limit_error", 503: "overloaded_error",
 }  # fmt: skip

@@ -349,7 +349,7 @@ async def _kept(id: str, request: Request) -> dict[str, Any]:
 async def retrieve(
     id: str,
     request: Request,
-    include: Annotated[list[str] | None, Query()] = None,
+    include: Annotated[list[Includable] | None, Query()] = None,
     stream: bool = False,
 ) -> Response:
     """A response that was kept."""
