@@ -80,6 +80,8 @@ def said(suite: Suite, result: dict[str, Any]) -> str:
 
 def run(suite: Suite, given: str | None) -> dict[str, Any]:
     """Install, serve, run, and read what came of it."""
+    if suite.needs and not given:
+        raise Unavailable(f"name {suite.needs} with --source {suite.name}=FOLDER")
     made = environment(suite)
     source = Path(given).resolve() if given else unpacked(suite) if suite.unpack else Path()
     with tempfile.TemporaryDirectory(prefix="criadero-conformance-") as name:
@@ -92,7 +94,7 @@ def run(suite: Suite, given: str | None) -> dict[str, Any]:
             env = {
                 **os.environ, "CRIADERO_WATCH": str(work / "tests"), "CRIADERO_URL": url, "PYTHONPATH": str(HERE),
                 "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CRIADERO_PYTHON": sys.executable,
-                "CRIADERO_REQUESTS": str(work / "requests"),
+                "CRIADERO_WORK": str(work),
                 **{name: value.format(**words) for name, value in suite.settings},
             }  # fmt: skip
             command = [one.format(**words) for one in suite.command]
@@ -218,7 +220,7 @@ def judged(suite: Suite, tests: list[dict[str, Any]], requests: list[dict[str, A
         "title": suite.title, "package": suite.package, "version": version, "date": datetime.date.today().isoformat(), "passed": passed,
         "failed": sorted(failed, key=lambda one: str(one["test"])),
         "not_applicable": [{"tests": count, "reason": reason} for reason, count in sorted(without.items())],
-        "requests": len(requests), "server_errors": len(errors), "notes": [one["note"] for one in tests if one.get("note")],
+        "requests": len(requests), "server_errors": len(errors), "notes": sorted({one["note"] for one in tests if one.get("note")}),
         "proved": {request: sorted(names) for request, names in sorted(proved.items()) if names},
     }  # fmt: skip
 

@@ -24,6 +24,7 @@ class Suite:
     folder: str = "{here}"
     package: str = ""
     unpack: bool = False
+    needs: str = ""  # what --source has to name
     kind: str = "python"  # or node
     server: tuple[str, ...] = ()
     not_applicable: tuple[tuple[str, str], ...] = ()
@@ -64,5 +65,15 @@ SUITES = (
         "openai-node", "the openai package for Node.js as a client: chat, streams, tools, structured output, embeddings, responses",
         ("openai@7.59.0", "zod@4"), ("node", "clients/openai_client.mjs"), package="openai", kind="node",
         server=("--database", "{work}/store.sqlite"), settings=(("CRIADERO_MODULES", "{modules}"),),
+    ),
+    Suite(
+        "schemathesis", "schemathesis on our own OpenAPI document: every operation, right and wrong requests, answers compared with it",
+        ("schemathesis==4.32.5",), ("{python}", "schemathesis_spec.py"), package="schemathesis",
+        server=("--database", "{work}/store.sqlite"),
+    ),
+    Suite(
+        "schemathesis-openai", "schemathesis on OpenAI's OpenAPI document, for the paths that are ours: no request may be a server error",
+        ("schemathesis==4.32.5",), ("{python}", "schemathesis_spec.py", "{source}"), package="schemathesis", needs="a checkout of openai/openai-openapi",
+        server=(*ALIASES, "--database", "{work}/store.sqlite"),
     ),
 )  # fmt: skip
