@@ -73,7 +73,8 @@ SUITES = (
     ),
     Suite(
         "schemathesis-openai", "schemathesis on OpenAI's OpenAPI document, for the paths that are ours: no request may be a server error",
-        ("schemathesis==4.32.5",), ("{python}", "schemathesis_spec.py", "{source}"), package="schemathesis", needs="a checkout of openai/openai-openapi",
+        ("schemathesis==4.32.5",), ("{python}", "schemathesis_spec.py", "{source}"), package="schemathesis",
+        needs="a checkout of openai/openai-openapi",
         server=(*ALIASES, "--database", "{work}/store.sqlite"),
     ),
 )  # fmt: skip
