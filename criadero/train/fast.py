@@ -37,7 +37,7 @@ def obstacle(model: Llama) -> str | None:
     weight = model.model.embed_tokens.weight
     if weight.device.type != "cpu":
         return f"on {weight.device.type}"
-    if not hasattr(native(), "train"):  # missing, turned off, or built before there were any for training
+    if not hasattr(getattr(native(), "train", None), "frozen"):  # missing, turned off, or built before there were these
         return "without compiled kernels"
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return f"in {str(weight.dtype).removeprefix('torch.')}"
