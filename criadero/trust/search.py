@@ -441,19 +441,24 @@ class Index:
 
     def encode(self, text: str) -> list[int]:
         """A text's tokens. UserError when it has none, or cannot be read."""
+        return self.encode_with_offsets(text)[0]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """As :meth:`encode`, and the characters that each token stands for."""
         if not text.strip():
             raise UserError("the text is empty: give some words to look for")
         try:
-            ids = self.tokenizer.encode(text)
+            ids, offsets = self.tokenizer.encode_with_offsets(text)
         except (UnicodeEncodeError, TypeError) as error:
             raise UserError(f"the text is not UTF-8 ({error}): convert it first") from None
         if not ids:
             raise UserError("the text has no tokens in this vocabulary: there is nothing to look for")
-        return ids
+        return ids, offsets
 
-    def ways(self, text: str) -> list[list[int]]:
-        """A text's tokens as they are at the start of a line and, when those differ, behind a space: within a sentence."""
-        plain = self.encode(text)
+    def ways(self, text: str, plain: list[int] | None = None) -> list[list[int]]:
+        """A text's tokens (`plain`, where they are at hand) as they are at the start of a line and, when those differ, behind a space:
+        within a sentence."""
+        plain = self.encode(text) if plain is None else plain
         if text[0].isspace():
             return [plain]
         spaced = self.encode(" " + text)

@@ -87,8 +87,7 @@ def trace(
     """
     if min_tokens < 2:
         raise UserError(f"min_tokens must be 2 or more, not {min_tokens}: single tokens stand everywhere")
-    index.encode(text)  # says in a line when it has none
-    ids, offsets = index.tokenizer.encode_with_offsets(text)
+    ids, offsets = index.encode_with_offsets(text)
     lengths, spaced = matches(index, ids, text, min_tokens)
     runs = maximal(lengths, np.arange(len(ids)), len(ids), min_tokens)
     borders = word_starts(text, offsets)
@@ -116,7 +115,7 @@ def matches(index: Index, ids: list[int], text: str, at_least: int) -> tuple[np.
     quotation from within a sentence begins so. Then the first position's length is the larger of the two.
     """
     lengths = long_matches(index, ids, at_least)
-    ways = index.ways(text)
+    ways = index.ways(text, ids)
     spaced = ways[1] if len(ways) > 1 and ways[1][1:] == ids[1:] else None
     if spaced is not None:
         first = int(index.longest(spaced, [0])[0])
