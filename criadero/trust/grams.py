@@ -104,9 +104,7 @@ def shards_with(gram: Sequence[int], blocks: int, shards: int, read: mmap | byte
     hashed = hashed * FACTOR & MASK
     hashed ^= hashed >> 29
     first = ((hashed >> 32) * blocks >> 32) * shards * BLOCK
+    row = read[first : first + shards * BLOCK]
     bits = [(hashed >> 9 * probe) & (8 * BLOCK - 1) for probe in range(PROBES)]
-    return [
-        shard
-        for shard in range(shards)
-        if all(read[first + shard * BLOCK + (bit >> 3)] >> (bit & 7) & 1 for bit in bits)
-    ]
+    (x, one), (y, two), (z, three) = ((bit & 7, row[bit >> 3 :: BLOCK]) for bit in bits)  # a byte a shard
+    return [shard for shard, (a, b, c) in enumerate(zip(one, two, three, strict=True)) if a >> x & b >> y & c >> z & 1]

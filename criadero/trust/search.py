@@ -19,6 +19,7 @@ import json
 import mmap
 import struct
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,9 @@ class Index:
         # the 8 bytes from each byte of the suffix array on: an entry begins within a byte
         self._entries = np.ndarray((int(groups.sum()) + 8,), "<u8", self._order, strides=(1,))
         self.keys = np.frombuffer(self._maps["keys.bin"], "<u8", int(self.key_starts[-1]))
+        # the same for looking up one sequence, without numpy's time for a call
+        self._keys = self.keys.astype(np.uint64, copy=False).data
+        self._key_ends, self._sizes = self.key_starts.tolist(), self.sizes.tolist()
         self._grams = np.frombuffer(self._maps["grams.bin"], np.uint8) if self._blocks else np.empty(0, np.uint8)
         self.borders = np.frombuffer(self._maps["documents.bin"], "<u8", self.documents + 1)
         self.rows = np.frombuffer(self._maps["rows.bin"], "<u2", self.documents)
@@ -151,14 +155,13 @@ class Index:
         if len(pattern) > self.size * self.width or any(int(one) in self.ends for one in ids):
             return []
         first = pattern[:8]
-        low = np.uint64(int.from_bytes(first.ljust(8, b"\0"), "big"))
-        high = np.uint64(int.from_bytes(first.ljust(8, b"\xff"), "big"))
+        low = int.from_bytes(first.ljust(8, b"\0"), "big")
+        high = int.from_bytes(first.ljust(8, b"\xff"), "big")
         found = []
         for shard in self._shards_of(ids):
-            size = int(self.sizes[shard])
-            keys = self.keys[self.key_starts[shard] : self.key_starts[shard + 1]]
-            lo = max(int(np.searchsorted(keys, low, "left")) - 1, 0) * STEP
-            hi = min(int(np.searchsorted(keys, high, "right")) * STEP, size)
+            start, end, size = self._key_ends[shard], self._key_ends[shard + 1], self._sizes[shard]
+            lo = max(bisect_left(self._keys, low, start, end) - start - 1, 0) * STEP
+            hi = min((bisect_right(self._keys, high, start, end) - start) * STEP, size)
             if lo < hi:
                 left = self._bisect(shard, pattern, lo, hi, False)
                 right = self._bisect(shard, pattern, left, hi, True)
