@@ -39,6 +39,7 @@ BATCH = 1 << 15  # bisections at once: bounds the memory of a query of any lengt
 HELD = 96 << 20  # bytes of the files that may stay in the process's memory
 LOOKS = 1024  # values read between two looks at that: each may bring 64 kB of the system's cache into the process
 COLD = 10e-6  # seconds a value beyond which it came from the disk
+AWAKE = 64  # looks after a slow one for which pages are asked for ahead
 PAGE = mmap.PAGESIZE
 WHOLE = 1 << 25  # a documents.bin of this size is read whole when the disk is slow
 
@@ -106,8 +107,8 @@ class Index:
         self._text, self._order = self._maps["tokens.bin"], self._maps["suffixes.bin"]
         self._before = _mapped_bytes()
         self._looks = 0
-        # whether the last look came from the disk: then pages are asked for together, ahead of the look
-        self._cold = True
+        # the looks for which pages are asked for together, ahead of the look: some after one that came from the disk
+        self._cold = AWAKE
         # [n]: the 8 bytes from each token on, as one big-endian number that orders as the tokens do
         self.eights = np.ndarray((n,), ">u8", self._text, strides=(w,))
         self.tokens = np.frombuffer(self._text, f">u{w}", n)
@@ -256,20 +257,22 @@ class Index:
             raise UserError(f"{self.path}: suffixes.bin is damaged: build the index again (criadero data index)")
         return self.starts[shards] + inside
 
-    def look(self, name: str, values: np.ndarray, where: np.ndarray, step: int) -> np.ndarray:
+    def look(self, name: str, values: np.ndarray, where: np.ndarray, step: int, ahead: bool = False) -> np.ndarray:
         """values[where], `step` bytes apart in the file `name`. From a slow disk a page at a time would cost its latency each
-        time, so while looks are slow their pages are asked for first, all together."""
+        time, so for some looks after a slow one, and where `ahead` is asked for, their pages are asked for first, all together."""
         if len(where) > LOOKS:
             return np.concatenate(
-                [self.look(name, values, where[at : at + LOOKS], step) for at in range(0, len(where), LOOKS)]
+                [self.look(name, values, where[at : at + LOOKS], step, ahead) for at in range(0, len(where), LOOKS)]
             )
         began = time.perf_counter()
-        if self._cold:
+        if ahead or self._cold:
+            self._cold = max(0, self._cold - 1)
             pages = np.unique((where * step) // PAGE)
             for page in pages.tolist():
                 self._maps[name].madvise(mmap.MADV_WILLNEED, page * PAGE, PAGE)
         out = values[where]
-        self._cold = len(where) > 0 and time.perf_counter() - began > COLD * len(where) + 1e-4
+        if len(where) and time.perf_counter() - began > COLD * len(where) + 1e-4:
+            self._cold = AWAKE
         self._looks += len(where)
         if self._looks > LOOKS:
             self._looks = 0
@@ -305,7 +308,9 @@ class Index:
             first = (block_of(some, self._blocks)[:, None] * shards + np.arange(shards)) * BLOCK  # [some, shards]
             for probe in range(PROBES):
                 bit = bits_of(some, probe)[:, None]
-                byte = self.look("grams.bin", self._grams, (first + (bit >> 3)).ravel(), 1).reshape(first.shape)
+                byte = self.look("grams.bin", self._grams, (first + (bit >> 3)).ravel(), 1, ahead=probe == 0).reshape(
+                    first.shape
+                )
                 out[at : at + step] &= (byte >> (bit & 7).astype(np.uint8) & 1).astype(bool)
         return out
 
