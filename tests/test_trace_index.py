@@ -151,6 +151,11 @@ def test_shards_end_where_documents_end() -> None:
     table = np.array([[0, 10], [10, 15], [15, 40], [40, 41]], np.uint64)
     assert cut(table, 100) == [(0, 41)]
     assert cut(table, 25) == [(0, 15), (15, 25), (40, 1)]
+    even = np.array([[n * 10, n * 10 + 10] for n in range(21)], np.uint64)
+    assert cut(even, 200) == [
+        (0, 110),
+        (110, 100),
+    ]  # not 200 and 10: a filter is as large as the largest shard asks for
     with pytest.raises(UserError, match="document 2 has 25 tokens"):
         cut(table, 20)
 

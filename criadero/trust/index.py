@@ -199,11 +199,14 @@ def sorter() -> Any:
 
 
 def cut(documents: np.ndarray, most: int) -> list[tuple[int, int]]:
-    """(start, size) of shards of at most `most` tokens that end where documents end."""
+    """(start, size) of shards of at most `most` tokens, about the same size each, that end where documents end."""
     ends = documents[:, 1].astype(np.int64)
     shards, start = [], 0
-    while start < (int(ends[-1]) if len(ends) else 0):
-        fit = int(np.searchsorted(ends, start + most, "right")) - 1
+    while start < (total := int(ends[-1]) if len(ends) else 0):
+        fair = start + -(-(total - start) // -(-(total - start) // most))
+        fit = int(np.searchsorted(ends, fair))
+        if int(ends[fit]) > start + most:
+            fit -= 1
         end = int(ends[fit]) if fit >= 0 else start
         if end <= start:
             n = int(np.searchsorted(ends, start, "right"))
