@@ -5,7 +5,7 @@
 copied and other passages in turns. Each measurement runs in a process of its own. ``--peer`` also builds infini-gram's index.
 
 A folder that is given is kept, so a large corpus is built once (``--folder DIR --measures build,prepare,peer_build``) and asked
-as often as wanted (``--folder DIR --measures trace,recall,guard,stream,peer``).
+as often as wanted (``--folder DIR --measures trace,recall,guard,stream,peer``); the figures of earlier runs are told with it.
 """
 
 from __future__ import annotations
@@ -473,8 +473,9 @@ MEASURES = {
 
 
 def measure(folder: Path, names: list[str]) -> dict[str, Any]:
-    """Each measurement in a process of its own, so that its memory is its own."""
-    found = {}
+    """Each measurement in a process of its own, so that its memory is its own; with those that were made in the folder before."""
+    kept = folder / "figures.json"
+    found = json.loads(kept.read_text()) if kept.exists() else {}
     for name in names:
         done = subprocess.run(
             [sys.executable, __file__, "--folder", str(folder), "--only", name],
@@ -482,7 +483,8 @@ def measure(folder: Path, names: list[str]) -> dict[str, Any]:
             text=True,
             check=True,
         )
-        found[name] = json.loads(done.stdout.splitlines()[-1])
+        found[name] = {**json.loads(done.stdout.splitlines()[-1]), "measured": time.strftime("%Y-%m-%d %H:%M")}
+        kept.write_text(json.dumps(found))
     return found
 
 
@@ -503,7 +505,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "tokens" / "passport.json").exists():
             make_corpus(folder, int(given.tokens))
-        names = given.measures.split(",") + ["peer_build", "peer"] * given.peer
+        names = [name for name in given.measures.split(",") if name] + ["peer_build", "peer"] * given.peer
         found = measure(folder, names)
     if given.json:
         print(json.dumps(found, indent=2))
