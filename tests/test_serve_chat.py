@@ -14,7 +14,7 @@ from serving import HELLO, MODEL, Live, events, serving, slow_steps
 
 from criadero.engine.llm import LLM
 from criadero.serve.settings import Limits, Settings
-from criadero.serve.tools import CallReader, answer_grammar, read_tools
+from criadero.serve.tools import CallReader, answer_grammar, closed, read_tools
 
 WEATHER = {
     "type": "function",
@@ -420,3 +420,32 @@ def test_references_inside_a_tools_schema(live: Live) -> None:
     reader = CallReader()
     reader.push(result["choices"][0]["message"]["content"])
     assert json.loads(reader.calls[0].arguments)["tree"] in ("leaf", "root")
+
+
+def test_system_messages_after_each_other_are_one(live: Live) -> None:
+    two = [{"role": "system", "content": "Sé breve."}, {"role": "developer", "content": "Y amable."}]
+    one = [{"role": "system", "content": "Sé breve.\n\nY amable."}]
+    first, second = (live.chat(messages=[*head, *HELLO]).json() for head in (two, one))
+    assert first["choices"] == second["choices"]
+    assert first["usage"]["prompt_tokens"] == second["usage"]["prompt_tokens"]
+
+
+def test_an_object_with_listed_properties_has_no_others(live: Live) -> None:
+    """Nor goes a small model on inventing them; what says that it may have others, or is put together, is left as it is."""
+    pair = {"type": "object", "properties": {"a": {"enum": [1, 2]}, "b": {"type": "boolean"}}, "required": ["a"]}
+    inner = {"anyOf": [pair, {"type": "null"}], "items": pair, "$defs": {"x": pair}, "properties": {"y": pair}}
+    assert closed(pair) == {**pair, "additionalProperties": False}
+    found = closed(inner)
+    assert found["anyOf"][0] == found["items"] == found["$defs"]["x"] == found["properties"]["y"] == closed(pair)
+    for more in (
+        {"additionalProperties": True},
+        {"patternProperties": {"z": {}}},
+        {"required": ["c"]},
+        {"required": [[1]]},
+    ):
+        assert closed({**pair, **more}) == {**pair, **more}
+    assert closed({"allOf": [pair, {"properties": {"c": pair}}]})["allOf"][0] == pair
+    form = {"type": "json_schema", "json_schema": {"name": "pair", "schema": {**pair, "required": ["a", "b"]}}}
+    for seed in range(5):
+        text = live.chat(response_format=form, max_tokens=40, temperature=1, seed=seed).json()
+        assert json.loads(text["choices"][0]["message"]["content"]).keys() == {"a", "b"}

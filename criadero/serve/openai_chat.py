@@ -84,7 +84,9 @@ class ResponseFormat(Body):
 class ChatRequest(Sampling):
     """The body of a request for a chat completion."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=LIMITS.messages)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=LIMITS.messages)] = honoured(
+        "the chat; system and developer messages after each other are one", ...
+    )
     max_tokens: Annotated[int, Field(ge=1, le=LIMITS.max_tokens)] | None = honoured(
         "the longest answer; default: what the context has room for"
     )
@@ -232,6 +234,8 @@ def messages_of(given: Sequence[ChatMessage], limits: Limits, ignored: list[str]
             text += "".join(tools.call_text(call.function.name, call.function.arguments) for call in one.tool_calls)
         if one.role in ("tool", "user") and after_result and messages[-1]["role"] == "user":
             messages[-1] = {"role": "user", "content": messages[-1]["content"] + "\n" + text}  # turns have to alternate
+        elif one.role in ("system", "developer") and messages and messages[-1]["role"] == "system":
+            messages[-1] = {"role": "system", "content": messages[-1]["content"] + "\n\n" + text}  # templates know one
         else:
             role: Literal["system", "user", "assistant"] = (
                 "user" if one.role in ("tool", "user") else "assistant" if one.role == "assistant" else "system"

@@ -171,8 +171,39 @@ def enforced(
 
 
 def compact(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON of a schema, without blanks that a small model could go on writing for ever."""
-    return {"json_schema": {**schema, "x-guidance": {"whitespace_flexible": False}}}
+    """JSON of a schema, without blanks or further properties that a small model could go on writing for ever."""
+    return {"json_schema": {**closed(schema), "x-guidance": {"whitespace_flexible": False}}}
+
+
+def closed(schema: Any) -> Any:
+    """``schema`` where an object whose properties are listed has no others, unless it says that it may: as clients mean it, and as other
+    servers take it. What comes out is right by the schema as it was given."""
+    return (
+        schema if '"allOf"' in json.dumps(schema) else _closed(schema)
+    )  # parts of one object would shut each other out
+
+
+def _closed(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_closed(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = dict(schema)
+    for key in ("properties", "$defs", "definitions"):
+        if isinstance(found.get(key), dict):
+            found[key] = {name: _closed(one) for name, one in found[key].items()}
+    for key in ("items", "prefixItems", "anyOf", "oneOf"):
+        if key in found:
+            found[key] = _closed(found[key])
+    listed, needed = found.get("properties"), found.get("required", [])
+    # an object put together of several schemas, or with rules for names, is left as it is
+    others = {"additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames", "minProperties"}
+    others |= {"anyOf", "oneOf", "$ref", "if", "not", "dependentSchemas", "dependentRequired"}
+    if not isinstance(listed, dict) or not isinstance(needed, list) or others & found.keys():
+        return found
+    if all(isinstance(name, str) and name in listed for name in needed):
+        found["additionalProperties"] = False
+    return found
 
 
 def call_text(name: str, arguments: str) -> str:
@@ -193,7 +224,7 @@ def answer_grammar(tools: Tools, schema: Mapping[str, Any] | None = None) -> str
     """The Lark grammar of an answer: calls, or, where it may be, words (with ``schema``: JSON of that shape)."""
     rules, names = [], []
     for number, one in enumerate(tools.offered):
-        inner = _moved(one["parameters"], "#/properties/arguments")
+        inner = _moved(closed(one["parameters"]), "#/properties/arguments")
         whole = {
             "type": "object", "properties": {"name": {"const": one["name"]}, "arguments": inner},
             "required": ["name", "arguments"], "additionalProperties": False, "x-guidance": {"whitespace_flexible": False},
@@ -206,7 +237,7 @@ def answer_grammar(tools: Tools, schema: Mapping[str, Any] | None = None) -> str
         if schema is None:
             start += ["words: TEXT", f"TEXT: /(?s:.*)/ & ~/(?s:{OPEN}.*)/"]
         else:
-            start.append(f"words: %json {json.dumps({**schema, 'x-guidance': {'whitespace_flexible': False}})}")
+            start.append(f"words: %json {json.dumps(compact(schema)['json_schema'])}")
     return "\n".join([*start, f'call: "{OPEN}" function "{CLOSE}"', "function: " + " | ".join(names), *rules])
 
 
