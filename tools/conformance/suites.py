@@ -77,4 +77,15 @@ SUITES = (
         needs="a checkout of openai/openai-openapi",
         server=(*ALIASES, "--database", "{work}/store.sqlite"),
     ),
+    Suite(
+        "langchain", "langchain's standard tests of chat models and embeddings, with langchain-openai",
+        ("langchain-tests==1.1.9", "langchain-openai==1.7.4"), (*PYTEST, "-o", "asyncio_mode=auto", "-o",
+        "asyncio_default_test_loop_scope=session", "--disable-recording", "clients/test_langchain.py"), package="langchain-tests",
+        server=("--alias", "model"),
+        not_applicable=(
+            (r"test_agent_loop|test_tool_calling(_async)?(\[|$|\n)|test_unicode_tool|test_json_mode",
+             "wants the right arguments, keys or words of the model, and cria-chat has ten million parameters; the call itself came back"),
+            ("VCR", "measures against a recording"),
+        ),
+    ),
 )  # fmt: skip
