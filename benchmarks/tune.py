@@ -1,13 +1,15 @@
 """LoRA tuning: ours beside TRL and PEFT, in one run, interleaved.
 
     tools/peers.sh tune
-    python benchmarks/tune.py --peer trl [--shape 135m|1b] [--examples 48] [--rounds 1] [--peer-python .peers/bin/python] [--json]
+    python benchmarks/tune.py --peer trl [--shape 135m|1b] [--examples 48] [--rounds 1] [--ours TEXT] [--only TEXT]
+                              [--peer-python .peers/bin/python] [--json]
 
 All tune the same random bf16 weights (of SmolLM2-135M's or TinyLlama-1.1B's shape) with adapters of rank 16 on every linear layer, on
 the same examples once through, in the same order but for what each setting does to it: lengths as Alpaca's (log-normal, median 90 tokens,
 at most 512), about 55 % of the tokens supervised. Counted are real tokens (no padding) a second, the first step left out, and the most
 memory that the process used. Ours packs whole examples into rows of at most 1024 tokens, one optimizer step a row, which is about the
-eight examples of TRL's steps. "tuned" is TRL with the allocator set as ours sets it for itself.
+eight examples of TRL's steps. "tuned" is TRL with the allocator set as ours sets it for itself; "in float32" is its better half on
+processors that do not multiply bf16. Of ours, "int8 products" is ``base_matmul = "int8"``, and a base of 8 or 4 bits ``method = "qlora"``.
 """
 
 from __future__ import annotations
@@ -37,11 +39,24 @@ SHAPES = {
 KEEP = "glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROW = 1024
+OURS: dict[str, dict[str, Any]] = {
+    "Criadero": {},
+    "Criadero, int8 products": {"int8": True},
+    "Criadero, int8 base, int8 products": {"bits": 8, "int8": True},
+    "Criadero, int4 base, int8 products": {"bits": 4, "int8": True},
+    "Criadero, int4 base, int8 products, rows of 512": {"bits": 4, "int8": True, "row": 512},
+}
 PEERS: dict[str, dict[str, Any]] = {
     "TRL, its defaults": {"gradient_checkpointing": True, "max_length": 512},
     "TRL, padding-free, no checkpointing, tuned": {"gradient_checkpointing": False, "padding_free": True, "max_length": None},
     "TRL, grouped by length, no checkpointing, tuned": {
         "gradient_checkpointing": False, "max_length": 512, "train_sampling_strategy": "group_by_length",
+    },
+    "TRL in float32, padding-free, no checkpointing, tuned": {
+        "gradient_checkpointing": False, "padding_free": True, "max_length": None, "bf16": False,
+    },
+    "TRL in float32, grouped by length, no checkpointing, tuned": {
+        "gradient_checkpointing": False, "max_length": 512, "train_sampling_strategy": "group_by_length", "bf16": False,
     },
 }  # fmt: skip
 
@@ -67,31 +82,36 @@ def result(tokens: list[int], seconds: list[float], losses: list[float]) -> dict
     }
 
 
-def ours(folder: Path, shape: dict, count: int) -> dict[str, Any]:
+def ours(folder: Path, shape: dict, count: int, setting: dict[str, Any]) -> dict[str, Any]:
     """Our loop's parts: batch, loss, backward, AdamW."""
     import torch
 
     from criadero import lora
     from criadero.chat import Example
-    from criadero.checkpoints import load_model
+    from criadero.checkpoints import load_frozen, load_model
+    from criadero.train import fast
     from criadero.train.batches import rows_to_batch
     from criadero.train.hardware import keep_memory
     from criadero.train.loss import next_token_loss
     from criadero.train.optim import Optimizer
 
     keep_memory()
-    model = load_model(folder, dtype=torch.bfloat16)
+    load = load_frozen if "bits" in setting else load_model
+    model = load(quantised(folder, setting["bits"]) if "bits" in setting else folder, dtype=torch.bfloat16)
     parameters = lora.attach(model, rank=16, alpha=32.0)
+    if setting.get("int8"):
+        fast.multiply_in_int8(model)
+    length = setting.get("row", ROW)
     optimizer = Optimizer(parameters, method="adamw", weight_decay=0.0, betas=(0.9, 0.999))
     rows: list[list[Example]] = [[]]
     for ids, question in examples(count, shape["vocab_size"]):
-        if sum(len(example.ids) for example in rows[-1]) + len(ids) > ROW:
+        if sum(len(example.ids) for example in rows[-1]) + len(ids) > length:
             rows.append([])
         rows[-1].append(Example(ids, [False] * question + [True] * (len(ids) - question)))
     tokens, seconds, losses = [], [], []
     for row in rows:
         began = time.perf_counter()
-        batch = rows_to_batch([row], ROW, 0, torch.bfloat16)
+        batch = rows_to_batch([row], length, 0, torch.bfloat16)
         loss, supervised, _ = next_token_loss(model, batch)
         loss.backward()
         optimizer.collect()
@@ -100,6 +120,32 @@ def ours(folder: Path, shape: dict, count: int) -> dict[str, Any]:
         tokens.append(batch.tokens)
         losses.append(float(loss.detach()) / supervised)
     return result(tokens, seconds, losses)
+
+
+def quantised(folder: Path, bits: int) -> Path:
+    """The weights with their matrices rounded to 8 or 4 bits, a scale for 128 or 32 columns, beside them; made in a process of its own,
+    so that it does not count as memory of the run."""
+    out = folder.with_name(f"{folder.name}-int{bits}")
+    if not out.exists():
+        subprocess.run([sys.executable, "-P", __file__, "--quantise", str(bits), "--weights", str(folder)], check=True)
+    return out
+
+
+def quantise(folder: Path, bits: int) -> None:
+    """What `quantised` asks for."""
+    import torch
+
+    from criadero.checkpoints import load_model
+    from criadero.checkpoints.packed import write_quantised
+    from criadero.quantization.rounding import round_matrix
+
+    model = load_model(folder, dtype=torch.bfloat16)
+    state: dict[str, Any] = dict(model.state_dict())
+    for name, weight in model.named_parameters():
+        if name.startswith("model.layers.") and weight.ndim == 2:
+            group = 128 if bits == 8 and weight.shape[1] % 128 == 0 else 32
+            state[name] = round_matrix(weight.detach(), bits, group)
+    write_quantised(state, model.config, folder.with_name(f"{folder.name}-int{bits}"), dtype=torch.bfloat16)
 
 
 def trl(folder: Path, shape: dict, count: int, setting: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +162,8 @@ def trl(folder: Path, shape: dict, count: int, setting: dict[str, Any]) -> dict[
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, use_cache=False)
+    narrow = setting.get("bf16", True)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if narrow else torch.float32, use_cache=False)
     rows = [
         {"input_ids": ids, "labels": [-100] * question + ids[question:]}
         for ids, question in examples(count, shape["vocab_size"])
@@ -148,9 +195,9 @@ def trl(folder: Path, shape: dict, count: int, setting: dict[str, Any]) -> dict[
 
     with tempfile.TemporaryDirectory() as out:
         config = SFTConfig(
-            output_dir=out, per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=1, bf16=True,
+            output_dir=out, per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=1,
             use_cpu=True, report_to=[], save_strategy="no", learning_rate=1e-4, logging_steps=1000, disable_tqdm=True,
-            dataloader_pin_memory=False, **setting,
+            dataloader_pin_memory=False, **({"bf16": True} | setting),
         )  # fmt: skip
         adapter = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM")
         data = Dataset.from_list(rows)
@@ -191,23 +238,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--peer", choices=["trl", "none"], default="trl")
     parser.add_argument("--peer-python", default=".peers/bin/python")
-    parser.add_argument("--only", default="", help="measure only the settings whose name holds this text, and ours")
+    parser.add_argument("--only", default="", help="of the peer, measure only the settings whose name holds this text")
+    parser.add_argument(
+        "--ours", default="", help="of ours, measure only the settings whose name holds this text, and the first"
+    )
     parser.add_argument("--shape", choices=sorted(SHAPES), default="135m")
     parser.add_argument("--examples", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--quantise", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--weights", type=Path, help="a folder with the weights; made when there is none")
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape]
+    if arguments.quantise:
+        quantise(arguments.weights, arguments.quantise)
+        return
     if arguments.side:
-        if arguments.side == "Criadero":
-            done = ours(arguments.weights, shape, arguments.examples)
+        if arguments.side in OURS:
+            done = ours(arguments.weights, shape, arguments.examples, OURS[arguments.side])
         else:
             done = trl(arguments.weights, shape, arguments.examples, PEERS[arguments.side])
         print(json.dumps(done))
         return
-    sides = ["Criadero", *(name for name in PEERS if arguments.peer == "trl" and arguments.only in name)]
+    sides = [name for name in OURS if arguments.ours in name or name == "Criadero"]
+    sides = [*sides, *(name for name in PEERS if arguments.peer == "trl" and arguments.only in name)]
     with tempfile.TemporaryDirectory() as scratch:
         weights = arguments.weights or Path(scratch) / "weights"
         if not weights.exists():
@@ -216,7 +271,7 @@ def main() -> None:
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
         for _ in range(arguments.rounds):
             for name in sides:
-                python = sys.executable if name == "Criadero" else arguments.peer_python
+                python = sys.executable if name in OURS else arguments.peer_python
                 env = dict(os.environ) | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
                 if "tuned" in name:
                     env["GLIBC_TUNABLES"] = KEEP

@@ -346,6 +346,9 @@ def test_a_dataset_keeps_its_own_sources_and_licences(base: Path, tmp_path: Path
         ({"lora_rank": "many"}, "lora_rank"),
         ({"method": "qlora"}, "method"),
         ({"too_long": "ignore"}, "too_long"),
+        ({"base_matmul": "int8", "method": "dora"}, "base_matmul int8 goes with method lora or qlora, without"),
+        ({"base_matmul": "int8", "lora_dropout": 0.1}, "base_matmul int8 goes with method lora or qlora, without"),
+        ({"base_matmul": "int4"}, "base_matmul"),
     ],
     ids=str,
 )

@@ -230,3 +230,32 @@ def test_dropout_before_the_adapters_is_kept_and_off_in_evaluation() -> None:
         losses = [float(fast.loss_sum(net.train(mode), data)[0]) for mode in (True, True, False, False)]
     assert losses[0] != losses[1]
     assert losses[2] == losses[3] == pytest.approx(float(next_token_loss(net, data, attention_for(data))[0]), rel=1e-5)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [0, 4, 8])
+def test_whole_numbers_give_nearly_the_same_gradients_and_are_off_in_evaluation(bits: int, dtype: torch.dtype) -> None:
+    net = model(dtype, hidden_size=256, num_attention_heads=4, num_key_value_heads=2, intermediate_size=320)
+    for block in net.model.layers if bits else ():
+        for parent in (block.self_attn, block.mlp):
+            for name, layer in list(parent.named_children()):
+                setattr(parent, name, QuantLinear(packed(layer.weight.detach().float(), bits), dtype))
+    parameters = lora.attach(net, rank=4, alpha=8.0)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for _, p in parameters:
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.05)
+    data = batch(net.config.vocab_size, dtype)
+    exact = fast.loss_sum(net, data)[0]
+    want = gradients(net, exact)
+    fast.multiply_in_int8(net)
+    assert fast.describe(net).endswith("frozen weights multiplied in int8")
+    whole = fast.loss_sum(net, data)[0]
+    got = gradients(net, whole)
+    assert float(whole.detach()) != float(exact.detach())
+    assert float(whole.detach()) == pytest.approx(float(exact.detach()), rel=5e-3)
+    a, b = (torch.cat([t.flatten() for t in one.values()]) for one in (got, want))
+    assert float(torch.cosine_similarity(a, b, 0)) > 0.99
+    with torch.no_grad():
+        assert float(fast.loss_sum(net, data)[0]) == pytest.approx(float(exact.detach()), rel=1e-6)

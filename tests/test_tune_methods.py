@@ -20,7 +20,7 @@ from criadero.checkpoints import load_frozen, load_model
 from criadero.engine.llm import LLM
 from criadero.errors import UserError
 from criadero.run import make
-from criadero.train import sft
+from criadero.train import fast, sft
 
 IDS = torch.randint(0, 280, (2, 17), generator=torch.Generator().manual_seed(3))
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -34,6 +34,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "qlora8": {"method": "qlora", "base": "int8"},
     "full": {"method": "full", "lr": 5e-3},
 }
+if fast.compiled():
+    METHODS |= {
+        "lora, int8 products": {"base_matmul": "int8"},
+        "qlora4, int8 products": {"method": "qlora", "base": "int4", "base_matmul": "int8"},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +122,12 @@ def test_cut_off_and_gone_on_with_ends_bit_for_bit_the_same(
     mine, wanted = result(made.path), result(tuned(name))
     assert mine.keys() == wanted.keys()
     assert all(torch.equal(mine[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.skipif(fast.compiled(), reason="the compiled kernels are here")
+def test_int8_products_need_the_compiled_kernels(bases: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="base_matmul int8 needs the compiled training kernels"):
+        make("sft", settings(bases, "lora_plus", base_matmul="int8"), tmp_path / "x")
 
 
 # --- LoRA+, DoRA ---

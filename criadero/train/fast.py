@@ -32,12 +32,17 @@ def chunk_rows(vocab: int) -> int:
     return max(256, min(CHUNK, 2**25 // vocab))
 
 
+def compiled() -> bool:
+    """Whether the compiled kernels are there: not missing, turned off, or built before there were these."""
+    return hasattr(getattr(native(), "train", None), "frozen")
+
+
 def obstacle(model: Llama) -> str | None:
     """Why this model is trained through its own ``forward``, or None when the compiled kernels take it."""
     weight = model.model.embed_tokens.weight
     if weight.device.type != "cpu":
         return f"on {weight.device.type}"
-    if not hasattr(getattr(native(), "train", None), "frozen"):  # missing, turned off, or built before there were these
+    if not compiled():
         return "without compiled kernels"
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return f"in {str(weight.dtype).removeprefix('torch.')}"

@@ -58,13 +58,14 @@ class Plan:
 def train(
     model: Llama, optimizer: Optimizer, batch_at: Callable[[int], Batch], loss: Loss, plan: Plan, folder: Path, *,
     evaluate: Callable[[], dict[str, Any]] | None = None, sample: Callable[[], list[str]] | None = None,
-    track: Callable[[dict[str, Any]], None] | None = None, about: dict[str, Any] | None = None, label: str = "training",
+    task: Callable[[], dict[str, float]] | None = None, track: Callable[[dict[str, Any]], None] | None = None,
+    about: dict[str, Any] | None = None, label: str = "training",
     name_batch: Callable[[int], str] = lambda n: f"batch {n + 1}",
 ) -> dict[str, Any]:  # fmt: skip
     """Run ``plan`` and return what it did: steps, tokens, seconds, last loss; the step and loss of the best, whether it ended early.
 
     ``evaluate()`` gives ``{group: {"loss": nats, ...}}``, and the mean of the groups' losses is what is compared; ``sample()``
-    is asked after it for answers, which go into the log. ``track`` gets every line of the log.
+    is asked after it for answers, and ``task()`` for numbers, which go into the log. ``track`` gets every line of the log.
 
     ``batch_at(n)`` is the n-th micro-batch of the run. ``folder/resume`` takes resume points; when it already holds one, with
     the same ``about``, the run goes on from it and ends bit for bit where an unbroken run on the same machine ends.
@@ -143,6 +144,7 @@ def train(
             if evaluate and (due or (plan.keep_best and step + 1 == plan.steps)):
                 last["held_out"] = evaluate()
                 last |= {"answers": sample()} if sample else {}
+                last |= {"task": task()} if task else {}
                 if plan.keep_best:
                     best = best.after(step + 1, last["held_out"], optimizer)
             if track:

@@ -42,6 +42,8 @@ class Comparison:
     example: Sequence[tuple[str, bool]]  # pieces of a rendered chat, and whether they are learned
     settings: Mapping[str, Any] = field(default_factory=dict)  # what differs from the defaults
     derived: Mapping[str, Any] = field(default_factory=dict)
+    task: Sequence[float] = ()  # part of the task's questions that was right, before and after
+    questions: int = 0
 
 
 def write_report(folder: Path, said: Comparison) -> None:
@@ -136,6 +138,12 @@ def _figures(said: Comparison) -> str:
              f"{_number(math.exp(min(said.before, 50)))} <span class='to'>→</span> {_number(math.exp(min(said.after, 50)))}",
              f"{_fixed(100 * share, 0)} % {_both('less', 'menos')}" if share > 0 else _both("it did not fall", "no bajó")),
         ]  # fmt: skip
+    if said.task:
+        cards.append(
+            (_both("task, answered right", "tarea, respuestas correctas"),
+             f"{_fixed(100 * said.task[0], 0)} % <span class='to'>→</span> {_fixed(100 * said.task[-1], 0)} %",
+             f"{_both('of', 'de')} {_number(said.questions)} {_both('questions', 'preguntas')}")
+        )  # fmt: skip
     cards += [
         (_both("steps", "pasos"), _number(int(last.get("step", 0))),
          f"{_both('kept: step', 'se guarda el')} {_number(said.best_step)}" if said.best_step else ""),

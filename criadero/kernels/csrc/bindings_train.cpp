@@ -388,6 +388,8 @@ void bind_train(nb::module_& m) {
           "d_qkv"_a.none(), "threads"_a);
     t.def("product", &product, "a"_a, "b"_a, "out"_a, "residual"_a.none(), "a_across"_a, "b_across"_a, "add"_a, "threads"_a);
     t.def("has_product", &own_products);
+    // PyTorch's graphs hold weights too, and a process that ends with one is none of the user's concern
+    nb::set_leak_warnings(false);
     nb::class_<PyWeight>(t, "Weight", "A frozen weight [N, K] as it lies; see Lying in csrc/train.h.")
         .def_static("dense", &weight_dense, "w"_a)
         .def_static("quant", &weight_quant, "q"_a, "scales"_a, "mins"_a.none(), "bits"_a, "group"_a);

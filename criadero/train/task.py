@@ -1,0 +1,110 @@
+"""A small task beside the held-out loss: questions with one right answer, asked before, while and after tuning.
+
+One JSON object a line: ``{"question": ..., "answer": ...}``, or with ``"choices": [...]``. Without choices the model answers, greedily, and
+is right when that is the answer, blanks, case and a full stop at the end aside. With them it is right when the choice that is the answer
+has the lowest mean loss a token of all, each read as the assistant's turn.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from criadero.chat import Example, Template, render
+from criadero.errors import UserError
+from criadero.model import Llama
+from criadero.tokenizer import Tokenizer
+from criadero.train.answers import ROOM, Asked, answers
+from criadero.train.batches import rows_to_batch
+from criadero.train.loss import next_token_loss
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question, and its choices as chats (none: it is answered in words). ``right`` is the place of the right choice."""
+
+    asked: Asked
+    choices: tuple[Example, ...] = ()
+    right: int = 0
+
+
+def read_task(path: Path, tokenizer: Tokenizer, template: Template | None, context: int) -> list[Item]:
+    """The questions of a file, rendered. UserError for whatever cannot be asked, with its line."""
+    if template is None:
+        raise UserError(
+            f"{path}: a task is asked in chats, and the base has no chat template; give one with --template"
+        )
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"eval_task: {path} cannot be read ({error}); give a .jsonl file of questions") from None
+    items = [
+        _item(line, f"{path}, line {n}", tokenizer, template, context)
+        for n, line in enumerate(lines, 1)
+        if line.strip()
+    ]
+    if not items:
+        raise UserError(f"{path}: no question is in it; give one JSON object a line, with a question and an answer")
+    return items
+
+
+def _item(line: str, where: str, tokenizer: Tokenizer, template: Template, context: int) -> Item:
+    try:
+        read: Any = json.loads(line)
+    except ValueError:
+        raise UserError(f"{where}: not JSON; each line is an object with a question and an answer") from None
+    keys = read.keys() if isinstance(read, dict) else set()
+    if not {"question", "answer"} <= keys <= {"question", "answer", "choices"}:
+        raise UserError(f"{where}: an object with question, answer and perhaps choices is needed, and nothing else")
+    question, answer, choices = read["question"], read["answer"], read.get("choices", [])
+    if not isinstance(question, str) or not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
+        raise UserError(f"{where}: the question must be text, and the choices a list of texts")
+    if "choices" in keys and (len(choices) < 2 or choices.count(answer) != 1):
+        raise UserError(f"{where}: the answer must be one of at least two different choices, word for word")
+    if not isinstance(answer, str) or not answer.strip():
+        raise UserError(f"{where}: the answer must be text, and not empty")
+    turn = {"role": "user", "content": question}
+    ids = tuple(render([turn], tokenizer, template, add_generation_prompt=True).ids)  # type: ignore[list-item]
+    asked = Asked(ids, question, answer, "")
+    chats = [[turn, {"role": "assistant", "content": choice}] for choice in choices]
+    read_as = tuple(render(chat, tokenizer, template) for chat in chats)  # type: ignore[arg-type]
+    longest = max((len(example.ids) for example in read_as), default=len(ids) + ROOM)
+    if longest > context:
+        raise UserError(
+            f"{where}: {longest} tokens with the answer, and the context is {context}; shorten the question"
+        )
+    return Item(asked, read_as, choices.index(answer) if choices else 0)
+
+
+@torch.no_grad()
+def score(
+    model: Llama, items: Sequence[Item], tokenizer: Tokenizer, ends: Sequence[int], dtype: torch.dtype
+) -> dict[str, float]:
+    """``{"accuracy": part that is right, "questions": count}``."""
+    was = model.training
+    model.eval()
+    in_words = [item for item in items if not item.choices]
+    longest = max((len(tokenizer.encode(item.asked.reference)) for item in in_words), default=0) + 4
+    said = answers(model, [item.asked for item in in_words], tokenizer, ends, longest)
+    right = sum(_plain(a) == _plain(item.asked.reference) for a, item in zip(said, in_words, strict=True))
+    for item in items:
+        if item.choices:
+            losses = [_mean_loss(model, choice, dtype) for choice in item.choices]
+            right += losses.index(min(losses)) == item.right
+    model.train(was)
+    return {"accuracy": right / len(items), "questions": float(len(items))}
+
+
+def _mean_loss(model: Llama, example: Example, dtype: torch.dtype) -> float:
+    batch = rows_to_batch([[example]], len(example.ids), 0, dtype, str(model.lm_head.weight.device))
+    loss, count, _ = next_token_loss(model, batch)
+    return float(loss) / max(1, count)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split()).rstrip(".")
