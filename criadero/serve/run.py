@@ -28,6 +28,7 @@ from criadero.serve.keys import Key, KeyStore
 from criadero.serve.metrics import Metrics
 from criadero.serve.models import Entry, Pool
 from criadero.serve.settings import Settings
+from criadero.serve.store import StoreError
 from criadero.serve.telemetry import CARRIED, Telemetry
 from criadero.serve.worker import Channel, Event, Started, Waiting, Worker
 from criadero.tokenizer import Tokenizer
@@ -165,8 +166,10 @@ class Run:
             used = 0
             try:
                 used = await asyncio.to_thread(store.tokens_since, self.key.owner, self.key.id, since)
-            except Exception:  # as with receipts: the database's trouble does not take the answer with it
-                log.exception("the tokens of a key could not be counted")
+            except Exception as error:  # as with receipts: the database's trouble does not take the answer with it
+                log.error(
+                    "the tokens of a key could not be counted: %s", error, exc_info=not isinstance(error, StoreError)
+                )
             admission.count_before(self.key, used)
 
     def _submit(self) -> None:
@@ -295,8 +298,8 @@ class Run:
             try:
                 await asyncio.to_thread(self.service.store.add_receipt, self.key.owner, receipt)
                 kept = True
-            except Exception:  # a full or locked disk must not take the answer with it: the block says it
-                log.exception("a receipt could not be kept")
+            except Exception as error:  # a full or locked disk must not take the answer with it: the block says it
+                log.error("a receipt could not be kept: %s", error, exc_info=not isinstance(error, StoreError))
                 self.service.metrics.receipts_lost.inc()
         return self.block(kept)
 

@@ -221,14 +221,15 @@ def open_engine(given: str | os.PathLike[str] | None) -> Engine:
     url = _url(given)
     if url.drivername == "sqlite":
         _make_file(Path(str(url.database)))
-        engine = sa.create_engine(url)
+        engine = sa.create_engine(url, hide_parameters=True)  # what people wrote stays out of the log
         event.listen(engine, "connect", _sqlite_settings)
         event.listen(engine, "begin", _sqlite_begin)
     else:
         options = f"-c lock_timeout={BUSY} -c statement_timeout=60000"
         try:
             engine = sa.create_engine(
-                url, pool_pre_ping=True, connect_args={"connect_timeout": 5, "options": options, "application_name": "criadero"}
+                url, pool_pre_ping=True, hide_parameters=True,
+                connect_args={"connect_timeout": 5, "options": options, "application_name": "criadero"},
             )  # fmt: skip
         except (ImportError, NoSuchModuleError):
             raise UserError(
