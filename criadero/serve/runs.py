@@ -43,6 +43,11 @@ class Runs:
 
     async def events(self) -> AsyncIterator[tuple[int, Event | None]]:
         """Events of all as they come, each with its run's number; (0, None) after a silence."""
+        seconds = self.all[0].service.settings.ping_seconds
+        if len(self.all) == 1:
+            async for event in self.all[0].events(seconds):
+                yield 0, event
+            return
         queue: asyncio.Queue[tuple[int, Event | None] | None] = asyncio.Queue()
 
         async def pump(at: int, run: Run) -> None:
@@ -54,7 +59,6 @@ class Runs:
 
         tasks = [asyncio.create_task(pump(at, run)) for at, run in enumerate(self.all)]
         left = len(tasks)
-        seconds = self.all[0].service.settings.ping_seconds
         try:
             while left:
                 try:
