@@ -1,10 +1,11 @@
 """Model files of real shapes with random weights, for benchmarks: speed does not depend on what the weights are.
 
-    python benchmarks/shapes.py SHAPE TYPE FILE.gguf
+    python benchmarks/shapes.py SHAPE TYPE FILE.gguf [words]
     # tinyllama-1.1b | llama-2-7b | llama-135m | llama-15m;  Q4_0 | Q4_K_M | Q8_0 | BF16
 
 The types of the tensors are those that llama.cpp's own quantiser chooses: Q4_K_M holds some of its matrices, and both 4-bit types
-their output layer, in Q6_K (Q8_0 where a row is no multiple of 256).
+their output layer, in Q6_K (Q8_0 where a row is no multiple of 256). With "words" the file has a vocabulary too, so that servers take
+text: made of all short strings of letters, in no language.
 """
 
 from __future__ import annotations
@@ -59,7 +60,24 @@ def more_bits(layer: int, layers: int) -> bool:
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
-def write(shape: str, kind: str, path: Path) -> Path:
+def vocabulary(size: int) -> tuple[list[str], list[str]]:
+    """Tokens and merges of a byte-level vocabulary (in GPT-2's alphabet for bytes) of ``size``: two special tokens, the bytes, then
+    strings of two, three and four letters, the first of which may be a space."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    letters = [chr(ord("a") + number) for number in range(26)]
+    tokens = ["<s>", "</s>", *map(chr, plain), *(chr(256 + number) for number in range(len(others)))]
+    pairs = [(one, two) for one in [chr(256 + 32), *letters] for two in letters]  # chr(288) stands for a space
+    merges = [
+        *pairs,
+        *((a + b, c) for a, b in pairs for c in letters),
+        *((a + b, c + d) for a, b in pairs for c, d in pairs[26:]),
+    ]
+    merges = merges[: size - len(tokens)]
+    return tokens + [a + b for a, b in merges], [f"{a} {b}" for a, b in merges]
+
+
+def write(shape: str, kind: str, path: Path, *, words: bool = False) -> Path:
     """Write the file unless it is there."""
     from gguf import GGMLQuantizationType, GGUFWriter
 
@@ -80,7 +98,18 @@ def write(shape: str, kind: str, path: Path) -> Path:
     out.add_rope_dimension_count(s["hidden"] // s["heads"])
     out.add_layer_norm_rms_eps(1e-5)
     out.add_vocab_size(s["vocab"])
-    out.add_tokenizer_model("no_vocab")
+    if words:
+        tokens, merges = vocabulary(s["vocab"])
+        out.add_tokenizer_model("gpt2")
+        out.add_tokenizer_pre("llama-bpe")
+        out.add_token_list(tokens)
+        out.add_token_types([3, 3, *[1] * (len(tokens) - 2)])
+        out.add_token_merges(merges)
+        out.add_bos_token_id(0)
+        out.add_eos_token_id(1)
+        out.add_add_bos_token(True)
+    else:
+        out.add_tokenizer_model("no_vocab")
 
     def matrix(name: str, rows: int, columns: int, type: str) -> None:
         if type in ("Q6_K", "Q4_K") and columns % 256:
@@ -115,4 +144,4 @@ def write(shape: str, kind: str, path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    write(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    write(sys.argv[1], sys.argv[2], Path(sys.argv[3]), words=sys.argv[4:] == ["words"])
