@@ -189,7 +189,7 @@ def test_the_filter_never_denies_a_gram_and_seldom_affirms_another(tmp_path: Pat
                 == np.flatnonzero(present[at]).tolist()
             )
     absent = index._present(hashes(np.random.default_rng(99).integers(200, 300, 10_000)))
-    assert absent.mean() < 0.1
+    assert absent.mean() < 0.12
     assert index._blocks == blocks_for(int(index.sizes.max()))
     assert len(hashes(np.arange(4))) == 0
 

@@ -4,7 +4,7 @@ Most of what is looked for stands nowhere, or in one shard of many. A match of n
 another, so where one of these is in no filter, nothing is bisected. A filter errs on one side only: it never denies what is there.
 
 ``grams.bin`` is one row for each block number: 64 bytes a shard, one beside the other, so that what all shards know of a gram lies in one
-page. A gram's hash names a block and 3 bits in it (Putze, Sanders and Singler 2007: blocked Bloom filters); 6 bits a token.
+page. A gram's hash names a block and 3 bits in it (Putze, Sanders and Singler 2007: blocked Bloom filters); 5 bits a token.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 GRAM = 5  # tokens
-BITS = 6  # a token of the largest shard
+BITS = 5  # a token of the largest shard
 BLOCK = 64  # bytes, of one shard
-PROBES = 3  # bits of a gram within its block: 6 to 7 of 100 grams that are not there seem to be
-PIECE = 1 << 20
+PROBES = 3  # bits of a gram within its block: 9 to 10 of 100 grams that are not there seem to be
+PIECE = 1 << 16  # small enough for the cache
 MASK = (1 << 64) - 1
 FACTOR = 0x9E3779B97F4A7C15  # odd: 2**64 over the golden ratio
 

@@ -288,15 +288,20 @@ class Index:
         if not self._blocks or run < 1:
             return None
         hashed = hashes(np.asarray(ids, np.int64))
-        present = np.zeros((len(hashed), len(self.sizes)), bool)
-        coarse = np.arange(run - 1, len(hashed), run)  # every run has one of these
-        present[coarse] = self._present(hashed[coarse])
-        near = coarse[present[coarse].any(1)][:, None] + np.arange(1 - run, run)
-        wanted = np.zeros(len(hashed), bool)
-        wanted[near[(near >= 0) & (near < len(hashed))]] = True
-        wanted[coarse] = False
-        present[wanted] = self._present(hashed[wanted])
-        return np.pad(in_runs(present, run), ((0, len(ids) - len(hashed)), (0, 0)))
+        shards = len(self.sizes)
+        # what has not been asked counts as there: first one gram of each run, then those halfway, where it is still possible, ...
+        present, asked = np.ones((len(hashed), shards), bool), np.zeros(len(hashed), bool)
+        possible, stride = present, run
+        while True:
+            wanted = np.zeros(len(hashed), bool)
+            wanted[stride - 1 :: stride] = True
+            wanted &= ~asked & possible.any(1)
+            present[wanted] = self._present(hashed[wanted])
+            asked |= wanted
+            possible = in_runs(present, run)
+            if stride == 1:
+                return np.pad(possible, ((0, len(ids) - len(hashed)), (0, 0)))
+            stride = -(-stride // 2)
 
     def _present(self, hashed: np.ndarray) -> np.ndarray:
         """Whether each gram, given its hash, may be in each shard: bool [grams, shards]."""
