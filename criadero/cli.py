@@ -97,6 +97,13 @@ def chat(
     pubkey: Annotated[
         Path | None, typer.Option("--pubkey", help="and when it is signed with this key (implies --require-passport)")
     ] = None,
+    guard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="INDEX", help="stop an answer that copies what may not be copied of this index of the model's data"
+        ),
+    ] = None,
+    guard_tokens: Annotated[int, typer.Option(help="the longest run that --guard lets pass, in tokens")] = 50,
 ) -> None:
     """Talk to a model in the terminal; /help there lists its commands. Piped, each line is a question: echo hi | criadero chat
 
@@ -106,7 +113,7 @@ def chat(
 
     talk(
         model, system=system, temperature=temperature, max_tokens=max_tokens, seed=seed, require_passport=require_passport,
-        pubkey=pubkey,
+        pubkey=pubkey, guard=guard, guard_tokens=guard_tokens,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -25,6 +25,8 @@ from criadero.trust.last import keep_last, last_file
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
+
+    from criadero.trust.search import Index
 
 COMMANDS = {
     "/retry": "answer the last question again, with another seed",
@@ -59,6 +61,9 @@ class Talk:
     messages: list[Message] = field(default_factory=list)
     require_passport: bool = False
     pubkey: Path | None = None
+    guard: str | None = None  # an index of what the model learned from: an answer that copies too much of it is stopped
+    guard_tokens: int = 50
+    index: Index | None = None  # the guard's, opened for this model
     retries: int = 0  # of the last question
     dropped: int = 0  # messages that the model no longer sees
     took: str = "nothing was answered yet"
@@ -75,9 +80,27 @@ def open_model(ref: str | Path | Artifact, *, require_passport: bool = False, pu
     return llm
 
 
+def open_guard(talk: Talk) -> None:
+    """Open the guard's index, for the model that talks now. UserError: it is of other data, or of other tokens."""
+    if talk.guard is None:
+        return
+    from criadero.trust.guard import Guard, same_words
+    from criadero.trust.trace import index_for
+
+    index = index_for(talk.ref, talk.guard)
+    same_words(index, talk.llm.tokenizer)
+    Guard(index, most=talk.guard_tokens)  # refuses what cannot be, before the first question
+    talk.index = index
+
+
 def reply(talk: Talk, messages: list[Message]) -> Stream:
     """Pieces of the answer, with settings that suit small models: a little penalty against repeating."""
     seed = None if talk.seed is None else (talk.seed + talk.retries) % 2**32
+    watch = None
+    if talk.index is not None:
+        from criadero.trust.guard import Guard
+
+        watch = Guard(talk.index, most=talk.guard_tokens).push
     return talk.llm.chat(
         messages,
         max_tokens=min(talk.max_tokens, talk.llm.context),
@@ -85,18 +108,20 @@ def reply(talk: Talk, messages: list[Message]) -> Stream:
         top_p=0.9,
         repetition_penalty=1.0 if talk.temperature == 0 else 1.1,
         seed=seed,
+        watch=watch,
     )
 
 
 def chat(
     ref: str | Path | Artifact, *, system: str | None = None, temperature: float = 0.3, max_tokens: int = 200,
-    seed: int | None = None, require_passport: bool = False, pubkey: Path | None = None, lines: Iterable[str] | None = None,
-    out: TextIO | None = None,
+    seed: int | None = None, require_passport: bool = False, pubkey: Path | None = None, guard: str | None = None,
+    guard_tokens: int = 50, lines: Iterable[str] | None = None, out: TextIO | None = None,
 ) -> None:  # fmt: skip
     """Talk to a model until the input ends. ``lines`` replaces the keyboard (for tests and transcripts).
 
     The last answer is kept for ``criadero trace --last`` (`criadero.trust.last`). With `require_passport` no model is opened,
-    with /model neither, that is not as its passport says; with `pubkey` it must be signed with that key too.
+    with /model neither, that is not as its passport says; with `pubkey` it must be signed with that key too. `guard` is an index of
+    the model's training data: an answer ends where it has copied more than `guard_tokens` tokens whose licence does not allow that.
     """
     if not 0 <= temperature <= HOTTEST:
         raise UserError(f"temperature must lie between 0 and {HOTTEST}, not {temperature:g}")
@@ -105,8 +130,9 @@ def chat(
     opening: list[Message] = [{"role": "system", "content": system}] if system else []
     talk = Talk(
         llm, str(ref.path if isinstance(ref, Artifact) else ref), temperature, max_tokens, seed, opening, list(opening),
-        require_passport, pubkey,
+        require_passport, pubkey, guard, guard_tokens,
     )  # fmt: skip
+    open_guard(talk)
     out = out or sys.stdout
     console = Console(file=out, highlight=False, soft_wrap=True)
     live = lines is None and sys.stdin.isatty() and console.is_terminal
@@ -176,6 +202,10 @@ def _answer(talk: Talk, messages: list[Message], console: Console) -> str:
         console.print(Text(" [stopped]", style="dim"), end="")
         if isinstance(stream, Stream):
             stream.close()
+    if hit := getattr(stream, "hit", None):
+        where = f"{hit.document.name} ({hit.document.source})"
+        said = f" [stopped by the guard: {hit.tokens} tokens as in {where}: {hit.asks}; /retry answers anew]"
+        console.print(Text(said, style="dim"), end="")
     seconds = time.monotonic() - began
     result = getattr(stream, "result", None)
     tokens = result.usage.completion if result else len(talk.llm.tokenizer.encode("".join(pieces)))
@@ -359,9 +389,11 @@ def _change_model(talk: Talk, ref: str) -> str:
     if not ref:
         return f"this is {talk.ref}; /model NAME takes a bundled model, a folder or a .gguf file"
     try:
-        talk.llm = open_model(ref, require_passport=talk.require_passport, pubkey=talk.pubkey)
+        other = replace(talk, llm=open_model(ref, require_passport=talk.require_passport, pubkey=talk.pubkey), ref=ref)
+        open_guard(other)
     except UserError as error:
         return f"error: {error}"
+    talk.llm, talk.index = other.llm, other.index
     talk.ref, talk.took = ref, "this model has answered nothing yet"
     return f"{_greeting(talk.llm).plain}; it sees the conversation so far"
 

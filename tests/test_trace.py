@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from test_trace_index import brute, brute_longest, index_of, some_texts
 
+from criadero import terminal
 from criadero.artifact import bundled_models, create
+from criadero.chat import Message
 from criadero.data.build import DataRecipe, JsonlWriter, Source, as_row, build_data
 from criadero.data.documents import Document
 from criadero.data.pack import TokensRecipe, build_tokens
+from criadero.engine.llm import LLM
 from criadero.errors import UserError
 from criadero.run import run
 from criadero.trust import trace as tracing
 from criadero.trust.asks import asks, forbids
-from criadero.trust.guard import Guard
+from criadero.trust.guard import Guard, Hit, same_words
 from criadero.trust.index import IndexRecipe, build_index
 from criadero.trust.last import keep_last, last_answer, last_file
 from criadero.trust.search import Index, open_index
@@ -386,3 +391,65 @@ def test_the_last_answer_is_kept_for_the_user_alone(tmp_path: Path, monkeypatch:
         last_answer()
     monkeypatch.setenv("XDG_STATE_HOME", "/dev/null/nowhere")
     keep_last("cria", "lost")  # a home that cannot be written stops no chat
+
+
+@pytest.fixture(scope="module")
+def copier(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[int]]:
+    """A chat model with random weights, an index whose first document is what it answers to "Hi", and the tokens of that."""
+    root = tmp_path_factory.mktemp("copier")
+    plain = tiny.base(root / "plain")
+    llm = LLM(plain)
+    asked: list[Message] = [{"role": "user", "content": "Hi"}]
+    said = llm.answer(asked, max_tokens=40, temperature=0.0).ids
+    bos, eos = llm.tokenizer.bos_id, llm.tokenizer.eos_id
+    with create(root / "tokens", kind="tokens", config={}) as draft:
+        np.asarray([bos, *said, eos], "<u2").tofile(draft.path / "train.bin")
+        np.save(draft.path / "train.docs.npy", np.asarray([[0, len(said) + 2, 0]], np.uint64))
+        llm.tokenizer.save(draft.path)
+        about = {
+            "dtype": "uint16",
+            "vocab_size": llm.tokenizer.vocab_size,
+            "sources": [{"name": "own", "lang": "en", "kind": "text"}],
+        }
+        (draft.path / "tokens.json").write_text(json.dumps(about))
+        draft.data["by_source"] = [{"name": "own", "licence": "CC-BY-NC-4.0"}]
+    build_index(IndexRecipe(str(root / "tokens")), root / "index")
+    with create(root / "model", kind="chat", config={}) as draft:
+        for file in plain.iterdir():
+            (draft.path / file.name).write_bytes(file.read_bytes())
+        draft.add_input("trained_on", root / "tokens")
+    return root / "model", root / "index", said
+
+
+def test_a_guarded_chat_stops_where_it_copies(copier: tuple[Path, Path, list[int]]) -> None:
+    model, index, said = copier
+    assert len(said) > 20
+    out = io.StringIO()
+    terminal.chat(model, temperature=0.0, max_tokens=40, guard=str(index), guard_tokens=10, lines=["Hi"], out=out)
+    assert "stopped by the guard: 11 tokens as in own #0 (own): " in out.getvalue()
+    out = io.StringIO()
+    terminal.chat(model, temperature=0.0, max_tokens=40, guard=str(index), lines=["Hi"], out=out)  # 50 may pass
+    assert "guard" not in out.getvalue()
+    llm = LLM(model)
+    stream = llm.chat(
+        [{"role": "user", "content": "Hi"}], max_tokens=40, temperature=0.0, watch=Guard(open_index(index), 10).push
+    )
+    list(stream)
+    assert stream.result is not None
+    assert stream.result.ids == said[:11]
+    assert isinstance(stream.hit, Hit)
+    assert stream.hit.tokens == 11
+    llm.engine.step()
+    assert not llm.engine.busy  # what was cancelled leaves nothing behind
+
+
+def test_a_guard_of_other_data_or_other_tokens_is_refused(copier: tuple[Path, Path, list[int]], built: Path) -> None:
+    model, index, _ = copier
+    with pytest.raises(UserError, match="was not made of those"):
+        terminal.chat(model, guard=str(built / "index"), lines=["Hi"], out=io.StringIO())
+    with pytest.raises(UserError, match="give 8 or more"):
+        terminal.chat(model, guard=str(index), guard_tokens=3, lines=["Hi"], out=io.StringIO())
+    with pytest.raises(UserError, match="another tokenizer"):
+        same_words(open_index(built / "index"), LLM(model).tokenizer)
+    guard = Guard(open_index(index))
+    assert guard.push(10**6) is None  # a token that the model has and the data has not

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -68,11 +68,15 @@ class Result:
 
 class Stream:
     """Pieces of an answer's text as they come: iterate over it. ``result`` is None until it is through; `close` cancels the
-    rest, and so does letting go of it."""
+    rest, and so does letting go of it. `watch` sees each token; what it returns, unless that is false, ends the answer and is ``hit``."""
 
-    def __init__(self, llm: LLM, request: Request, dropped: int) -> None:
+    def __init__(
+        self, llm: LLM, request: Request, dropped: int, watch: Callable[[int], object] | None = None
+    ) -> None:  # fmt: skip
         self._llm = llm
+        self._watch = watch
         self.result: Result | None = None
+        self.hit: object = None
         self._pieces: deque[str] = deque()
         self._building = Building(1, dropped)
         self._id: int | None = llm._begin(request)
@@ -96,8 +100,12 @@ class Stream:
                 self._building.add(output)
                 if output.error:
                     raise UserError(output.error)
-                if output.done:
+                if self._watch is not None:
+                    self.hit = next((hit for token in output.ids if (hit := self._watch(token))), None)
+                if output.done or self.hit:
+                    self.close()
                     self.result = self._building.result()
+                    break
 
     def close(self) -> None:
         """Cancel what is not computed yet."""
@@ -215,16 +223,18 @@ class LLM:
         return Stream(self, self.request(text, _single(sampling), adapter), 0)
 
     def chat(
-        self, messages: Chat, *, truncate: Truncate = "error", adapter: str | None = None, **sampling: Any
+        self, messages: Chat, *, truncate: Truncate = "error", adapter: str | None = None,
+        watch: Callable[[int], object] | None = None, **sampling: Any,
     ) -> Stream:  # fmt: skip
         """Answer the last message; pieces of text as they come.
 
         A chat that fills the context is refused, or with ``truncate="oldest"`` loses whole turns, the oldest first, and the
-        stream's ``result`` says how many messages.
+        stream's ``result`` says how many messages. `watch` is called with each token of the answer and can end it: a guard's
+        ``push`` (`criadero.trust.guard`).
         """
         params = _single(sampling)
         request, dropped = self.chat_request(messages, params, truncate, adapter)
-        return Stream(self, request, dropped)
+        return Stream(self, request, dropped, watch)
 
     # --- whole answers, one or many ---
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,18 @@ class Hit:
     @property
     def asks(self) -> str:
         return asks(self.document.licence)
+
+
+def same_words(index: Index, tokenizer: Any) -> None:
+    """UserError unless a model's tokens are the index's: it may have more, behind them."""
+    ours = index.tokenizer
+    if any(
+        ours.token_bytes(one) != tokenizer.token_bytes(one) for one in range(min(ours.vocab_size, tokenizer.vocab_size))
+    ):
+        raise UserError(
+            f"{index.path} was made with another tokenizer than the model's, so its tokens cannot be followed: index the same data "
+            "packed with the model's own (criadero data pack)"
+        )
 
 
 @dataclass
@@ -68,6 +81,8 @@ class Guard:
 
     def push(self, token: int) -> Hit | None:
         """Take the next token; a hit when it makes a run too long. Every further token of the same run is a hit again."""
+        if not 0 <= token < self.index.about["vocab_size"]:
+            token = self.index.ends[-1]  # one that the model has and the data has not: nothing goes across it
         self.ids.append(token)
         n = len(self.ids)
         kept = []
