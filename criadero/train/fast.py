@@ -65,15 +65,22 @@ def describe(model: Llama) -> str:
     reason = obstacle(model)
     if reason is not None:
         return f"PyTorch's own kernels ({reason})"
-    whole = any(isinstance(module, LoraLinear) and module.int8 for module in model.modules())
-    return f"compiled training kernels ({level()})" + (", frozen weights multiplied in int8" if whole else "")
+    return f"compiled training kernels ({level()})" + (
+        ", frozen weights multiplied in int8" if multiplies_in_int8(model) else ""
+    )
 
 
 def multiply_in_int8(model: Llama) -> None:
-    """Let the compiled kernels compute the products of training with the frozen weights under adapters in whole numbers of 8 bits."""
+    """Let the compiled kernels compute the products of training with the frozen weights under adapters, and with a frozen output layer,
+    in whole numbers of 8 bits."""
     for module in model.modules():
         if isinstance(module, LoraLinear):
             module.int8 = True
+
+
+def multiplies_in_int8(model: Llama) -> bool:
+    """Whether `multiply_in_int8` was asked for."""
+    return any(isinstance(module, LoraLinear) and module.int8 for module in model.modules())
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,7 @@ class Setting:
     eps: float
     threads: int
     learning: bool = True  # False: only looked at, and then no product is computed in whole numbers
+    whole_head: bool = False  # the output layer is frozen, and its products may be computed in whole numbers
 
     def product(
         self, a: Tensor, b: Tensor, out: Tensor | None = None, *, residual: Tensor | None = None, a_across: bool = False,
@@ -222,11 +230,12 @@ class _Adapted(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         read, r = _read(at, before, x, norm)
         down, up = adapters[::2], list(adapters[1::2])
-        stacked = torch.cat(down) if down else read.new_empty(0, read.shape[1])  # [R, in]: the ranks one after another
-        low = at.product(read, stacked, b_across=True) if down else read.new_empty(len(x), 0)  # [T, R]
         layers = frozen.layers
-        for layer, part in zip(layers, _by_rank(low, layers), strict=True):
-            _scale(part, layer.scale)
+        stacked = (
+            torch.cat(down) if down else read.new_empty(0, read.shape[1])
+        )  # [R, in]: the ranks one after another, scaled
+        _scale(stacked, layers)
+        low = at.product(read, stacked, b_across=True) if down else read.new_empty(len(x), 0)  # [T, R]
         y = read.new_empty(len(x), sum(layer.width for layer in layers))
         ups = iter(up)
         frozen.kernels.frozen(
@@ -254,8 +263,7 @@ class _Adapted(torch.autograd.Function):
         ):
             if layer.rank:
                 at.product(part, up[len(d_up)], d_here)
-                _scale(d_here, layer.scale)
-                d_up.append(at.product(here, part, a_across=True).t())  # low holds the scale already
+                d_up.append(at.product(here, part, a_across=True).t())  # low has the scale in it
         frozen.kernels.frozen_backward(
             grad, [layer.weight for layer in frozen.layers], d_low if d_up else None, stacked if d_up else None,
             d_read, frozen.whole, at.threads,
@@ -271,6 +279,7 @@ class _Adapted(torch.autograd.Function):
         if d_handed is not None:
             dx = dx + d_handed
         d_stacked = at.product(d_low, read, a_across=True) if d_up else stacked
+        _scale(d_stacked, frozen.layers)
         d_down = d_stacked.split([layer.rank for layer in frozen.layers if layer.rank]) if d_up else ()
         pairs = [t for pair in zip(d_down, d_up, strict=True) for t in pair]
         return dx, grad if ctx.residual else None, None, None, None, None, *pairs
@@ -320,11 +329,14 @@ def _by_rank(low: Tensor, layers: Sequence[Layer]) -> Sequence[Tensor]:
     return low.split([layer.rank for layer in layers], 1)
 
 
-def _scale(x: Tensor, scale: float) -> None:
-    """``x *= scale``, in pieces so small that PyTorch leaves its other threads asleep (see `_Adapted`)."""
-    if scale != 1.0 and x.shape[1]:
-        for part in x.split(max(1, 16384 // x.shape[1])):
-            part.mul_(scale)
+def _scale(stacked: Tensor, layers: Sequence[Layer]) -> None:
+    """Multiply each layer's rows of ``stacked`` ``[R, in]`` by its scale, in pieces so small that PyTorch leaves its other threads
+    asleep (see `_Adapted`)."""
+    rows = stacked.split([layer.rank for layer in layers])
+    for layer, own in zip(layers, rows, strict=True):
+        if layer.rank and layer.scale != 1.0:
+            for part in own.split(max(1, 32000 // own.shape[1])):
+                part.mul_(layer.scale)
 
 
 def _read(at: Setting, before: str, x: Tensor, norm: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -430,11 +442,19 @@ class _Loss(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=wide) if backward and ctx.needs_input_grad[2] else None
         rows = chunk_rows(len(weight))
         buffer = hidden.new_empty(min(rows, len(hidden)), len(weight))
+        whole = at.whole_head and backward and d_weight is None
+        frozen = [at.kernels.Weight.dense(weight)] if whole else []
         for start in range(0, len(hidden), rows):
             here = slice(start, min(start + rows, len(hidden)))
-            logits = at.product(hidden[here], weight, buffer[: here.stop - start], b_across=True)
+            logits = buffer[: here.stop - start]
+            if whole:
+                at.kernels.frozen(hidden[here], frozen, [None], [None], logits, None, True, at.threads)
+            else:
+                at.product(hidden[here], weight, logits, b_across=True)
             at.kernels.cross_entropy(logits, targets[here], losses[here], backward, at.threads)
-            if d_hidden is not None:
+            if d_hidden is not None and whole:
+                at.kernels.frozen_backward(logits, frozen, None, None, d_hidden[here], True, at.threads)
+            elif d_hidden is not None:
                 at.product(logits, weight, d_hidden[here])
             if d_weight is not None:
                 at.product(logits, hidden[here], d_weight, a_across=True, add=True)
@@ -470,6 +490,7 @@ def learned_rows(model: Llama, batch: Batch, kernels: Any | None = None) -> tupl
         config.rms_norm_eps,
         torch.get_num_threads(),
         torch.is_grad_enabled(),
+        multiplies_in_int8(model),
     )
     x = model.model.embed_tokens(rows.ids)  # [T, D]
     for block in model.model.layers:
