@@ -218,7 +218,7 @@ void compute_whole(Pool& pool, const std::vector<Product>& products, const Reade
         all_tiles += (p.n + TILE - 1) / TILE;
     }
     const int fair = std::max(1, all_tiles / (4 * pool.threads()));
-    int each = std::max(1, std::min({std::max(2, static_cast<int>(TILES / tile_bytes)), fair, 8}));
+    int each = std::max(1, std::min({std::max(4, static_cast<int>(TILES / tile_bytes)), fair, 8}));
     if (each > 4) each = each / 4 * 4;  // what is thin takes four vectors at a time
     const std::vector<Piece> pieces = cut(products, each * TILE, rows, BLOCK, pool.threads());
     const size_t columns = static_cast<size_t>(each * TILE);

@@ -290,52 +290,54 @@ void build(const Lying& b, bool across, int n, int columns, int depth, uint8_t* 
 }
 
 #if VEC_AVX512
-// Four rows by NT tiles: 4 NT sums take 4 + NT loads for each four columns, where one tile alone would wait for as many loads as it has rows.
+// A block by NT tiles, span by span, so that a span of the tiles stays in the first cache for all rows. Four rows at a time: 4 NT sums take
+// 4 + NT loads for each four columns, where one tile alone would wait for as many loads as it has rows.
 template <int NT>
-void whole_rows(const uint8_t* tile, size_t tile_bytes, const Block& b, int row, float* y, size_t stride, bool add_up) {
-    __m512 sums[4][NT];
-    for (int m = 0; m < 4; ++m) {
+void whole_tiles(const uint8_t* tile, size_t tile_bytes, const Block& b, float* y, size_t stride, bool add_up) {
+    __m512 sums[BLOCK][NT];
+    for (int m = 0; m < b.width; ++m) {
         for (int t = 0; t < NT; ++t) sums[m][t] = _mm512_setzero_ps();
     }
     for (int from = 0, span = 0; from < b.padded; from += SPAN, ++span, tile += SPAN * TILE + 32) {
         const int slices = least(SPAN, b.padded - from) / SLICE;
-        __m512i c[4][NT];
+        for (int row = 0; row < b.width; row += 4) {
+            __m512i c[4][NT];
 #pragma GCC unroll 4
-        for (int m = 0; m < 4; ++m) {
-            const __m512i offset = _mm512_slli_epi32(_mm512_set1_epi32(b.totals[span * b.width + row + m]), 4);
+            for (int m = 0; m < 4; ++m) {
+                const __m512i offset = _mm512_slli_epi32(_mm512_set1_epi32(b.totals[span * b.width + row + m]), 4);
 #pragma GCC unroll 4
-            for (int t = 0; t < NT; ++t) c[m][t] = offset;
-        }
-        const int8_t* q = b.q + ((size_t)(span * (SPAN / SLICE)) * b.width + row) * SLICE;
-        const uint8_t* p = tile;
-        for (int s = 0; s < slices; ++s, q += (size_t)b.width * SLICE) {
+                for (int t = 0; t < NT; ++t) c[m][t] = offset;
+            }
+            const int8_t* q = b.q + ((size_t)(span * (SPAN / SLICE)) * b.width + row) * SLICE;
+            const uint8_t* p = tile;
+            for (int s = 0; s < slices; ++s, q += (size_t)b.width * SLICE) {
 #pragma GCC unroll 8
-            for (int j = 0; j < SLICE / 4; ++j, p += 64) {
-                __m512i w[NT];
+                for (int j = 0; j < SLICE / 4; ++j, p += 64) {
+                    __m512i w[NT];
 #pragma GCC unroll 4
-                for (int t = 0; t < NT; ++t) w[t] = _mm512_loadu_si512(p + t * tile_bytes);
+                    for (int t = 0; t < NT; ++t) w[t] = _mm512_loadu_si512(p + t * tile_bytes);
+#pragma GCC unroll 4
+                    for (int m = 0; m < 4; ++m) {
+                        int32_t word;
+                        memcpy(&word, q + m * SLICE + 4 * j, 4);
+                        const __m512i x = _mm512_set1_epi32(word);
+#pragma GCC unroll 4
+                        for (int t = 0; t < NT; ++t) c[m][t] = _mm512_dpbusd_epi32(c[m][t], w[t], x);
+                    }
+                }
+            }
+#pragma GCC unroll 4
+            for (int t = 0; t < NT; ++t) {
+                const __m512 scale = load_half((const uint16_t*)(p + t * tile_bytes));
 #pragma GCC unroll 4
                 for (int m = 0; m < 4; ++m) {
-                    int32_t word;
-                    memcpy(&word, q + m * SLICE + 4 * j, 4);
-                    const __m512i x = _mm512_set1_epi32(word);
-#pragma GCC unroll 4
-                    for (int t = 0; t < NT; ++t) c[m][t] = _mm512_dpbusd_epi32(c[m][t], w[t], x);
+                    const __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(c[m][t]), scale);
+                    sums[row + m][t] = _mm512_fmadd_ps(part, _mm512_set1_ps(b.scales[span * b.width + row + m]), sums[row + m][t]);
                 }
             }
         }
-#pragma GCC unroll 4
-        for (int t = 0; t < NT; ++t) {
-            const __m512 scale = load_half((const uint16_t*)(p + t * tile_bytes));
-#pragma GCC unroll 4
-            for (int m = 0; m < 4; ++m) {
-                const __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(c[m][t]), scale);
-                sums[m][t] = _mm512_fmadd_ps(part, _mm512_set1_ps(b.scales[span * b.width + row + m]), sums[m][t]);
-            }
-        }
-        __asm__ volatile("" : : "r"(sums) : "memory");  // the sums belong into memory: the loop above needs the registers
     }
-    for (int m = 0; m < 4; ++m) {
+    for (int m = 0; m < b.width; ++m) {
         for (int t = 0; t < NT; ++t) {
             float* to = y + (size_t)m * stride + t * TILE;
             const __m512 value = _mm512_mul_ps(sums[m][t], _mm512_set1_ps(TILE_UNIT));
@@ -347,15 +349,13 @@ void whole_rows(const uint8_t* tile, size_t tile_bytes, const Block& b, int row,
 bool whole(const uint8_t* tile, size_t tile_bytes, int tiles, const Block& b, float* y, size_t stride, bool add) {
     if (b.width % 4) return false;
     for (int t = 0; t < tiles; t += 4) {
-        for (int row = 0; row < b.width; row += 4) {
-            const uint8_t* at = tile + (size_t)t * tile_bytes;
-            float* to = y + (size_t)row * stride + t * TILE;
-            switch (tiles - t) {
-                case 1: whole_rows<1>(at, tile_bytes, b, row, to, stride, add); break;
-                case 2: whole_rows<2>(at, tile_bytes, b, row, to, stride, add); break;
-                case 3: whole_rows<3>(at, tile_bytes, b, row, to, stride, add); break;
-                default: whole_rows<4>(at, tile_bytes, b, row, to, stride, add); break;
-            }
+        const uint8_t* at = tile + (size_t)t * tile_bytes;
+        float* to = y + t * TILE;
+        switch (tiles - t) {
+            case 1: whole_tiles<1>(at, tile_bytes, b, to, stride, add); break;
+            case 2: whole_tiles<2>(at, tile_bytes, b, to, stride, add); break;
+            case 3: whole_tiles<3>(at, tile_bytes, b, to, stride, add); break;
+            default: whole_tiles<4>(at, tile_bytes, b, to, stride, add); break;
         }
     }
     return true;
