@@ -99,6 +99,25 @@ def test_logprobs_of_prompt_and_answer(live: Live, llm: LLM) -> None:
     assert streamed == lists
 
 
+def test_the_token_that_ends_an_answer_closes_its_logprobs(live: Live, llm: LLM) -> None:
+    """lm-eval scores a prompt by echo, asks for one token more, and leaves the last one out: there has to be one."""
+    ids = llm.ids(TEXT)
+    asked = {"prompt": [ids], "echo": True, "logprobs": 1, "max_tokens": 4, "temperature": 0}
+    [first, *_] = llm.complete(TEXT, max_tokens=4, logprobs=1).samples[0].logprobs or []
+    ended = complete(live, **asked, stop_token_ids=[first.id])
+    lists = ended["choices"][0]["logprobs"]
+    assert ended["usage"]["completion_tokens"] == 0
+    assert lists["token_logprobs"][len(ids) :] == [first.logprob]
+    assert {len(values) for values in lists.values()} == {len(ids) + 1}
+    streamed: dict[str, list[Any]] = {name: [] for name in lists}
+    stream = live.post("/v1/completions", {**asked, "stop_token_ids": [first.id], "stream": True}).text
+    for event in events(stream)[:-1]:
+        for part in event["choices"]:
+            for name, values in (part["logprobs"] or {}).items():
+                streamed[name] += values
+    assert streamed == lists
+
+
 def test_a_prompt_scored_alone(live: Live, llm: LLM) -> None:
     """What lm-eval asks for: token ids in, log-probabilities of the prompt out, nothing generated."""
     ids = llm.ids(TEXT)

@@ -346,7 +346,7 @@ class Engine:
         sampler, params = sequence.sampler, sequence.request.params
         assert sampler is not None
         if token in sequence.ends and sampler.place >= params.min_tokens:
-            output.stopped_by = token
+            output.stopped_by, output.end_logprob = token, logprob
             return "stop"
         sampler.accept(token)
         sequence.tokens.append(token)

@@ -37,6 +37,7 @@ class Sample:
     finish_reason: FinishReason | None = None
     stopped_by: str | int | None = None
     logprobs: list[TokenLogprob] | None = None
+    end_logprob: TokenLogprob | None = None
     error: str | None = None
 
 
@@ -140,6 +141,7 @@ class Building:
         if output.embedding is not None:
             self.embedding = output.embedding
         if output.finish_reason is not None:
+            sample.end_logprob = output.end_logprob
             sample.finish_reason, sample.stopped_by, sample.error = (
                 output.finish_reason,
                 output.stopped_by,

@@ -185,9 +185,10 @@ class Output:
     """What one step gave to sample ``index`` of request ``id``.
 
     ``text`` is what can be shown now: never half a character, never the beginning of a stop text. ``ids`` are the new tokens; a
-    token that ends the answer is not among them. ``finish_reason`` is set once for every sample: "stop" (``stopped_by`` says by
-    which text or id; None when a grammar is complete), "length" (max_tokens), "context" (the model's), "cancelled", or
-    "error" with the reason in ``error``. ``done`` and ``usage`` come with the last output of the request.
+    token that ends the answer is not among them, and its log-probability, if they were asked for, is ``end_logprob``.
+    ``finish_reason`` is set once for every sample: "stop" (``stopped_by`` says by which text or id; None when a grammar is
+    complete), "length" (max_tokens), "context" (the model's), "cancelled", or "error" with the reason in ``error``. ``done`` and
+    ``usage`` come with the last output of the request.
     """
 
     id: int
@@ -199,6 +200,7 @@ class Output:
     embedding: np.ndarray | None = None
     finish_reason: FinishReason | None = None
     stopped_by: str | int | None = None
+    end_logprob: TokenLogprob | None = None
     error: str | None = None
     done: bool = False
     usage: Usage | None = None

@@ -89,6 +89,9 @@ class CountRequest(Body):
     container: Any = refused("the server runs nothing")
     context_management: Any = refused("a chat that fills the context is refused")
     speed: str | None = reported("there is one speed")
+    user_profile_id: str | None = reported("requests are told apart by their keys")
+    workspace_id: str | None = reported("requests are told apart by their keys")
+    output_format: OutputFormat | None = refused("its newer name is output_config.format")
 
 
 class MessageRequest(CountRequest):
@@ -107,6 +110,7 @@ class MessageRequest(CountRequest):
     stream: bool | None = honoured("server-sent events")
     metadata: dict[str, Any] | None = reported("requests are told apart by their keys")
     service_tier: str | None = reported("there is one tier")
+    diagnostics: Any = reported("the `criadero` block tells what there is")
     inference_geo: str | None = reported("it is computed on this machine")
     seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None = honoured(
         "beyond Anthropic: the same seed gives the same answer"

@@ -115,6 +115,7 @@ class ChatRequest(Sampling):
     verbosity: str | None = reported("say it in a message")
     prompt_cache_key: str | None = reported("computed prompts are found by what they say, for each key apart")
     prompt_cache_retention: str | None = reported("they are kept while there is room")
+    prompt_cache_options: dict[str, Any] | None = reported("they are kept while there is room")
     safety_identifier: str | None = reported("requests are told apart by their keys")
     modalities: list[str] | None = refused("text only", ["text"])
     audio: Any = refused("text only")

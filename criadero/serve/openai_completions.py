@@ -38,7 +38,8 @@ class CompletionRequest(Sampling):
     )
     echo: bool | None = honoured("the prompt stands before the answer, and in its logprobs")
     logprobs: Annotated[int, Field(ge=0, le=LIMITS.top_logprobs)] | None = honoured(
-        "log-probabilities of the tokens, and of so many likeliest ones (limit top_logprobs); with echo of the prompt's too"
+        "log-probabilities of the tokens, the one that ended the answer too, and of so many likeliest ones (limit top_logprobs); with "
+        "echo of the prompt's too"
     )
     response_format: ResponseFormat | None = honoured("text, a JSON object, or JSON of a schema: enforced by a grammar")
     best_of: int | None = refused("ask for n answers and choose", 1)
@@ -121,6 +122,12 @@ class _Logprobs:
         return found
 
 
+def _end(one: Sample | Output) -> list[TokenLogprob]:
+    """Of the token that ended the answer, which is no part of the text: it closes the lists, as with OpenAI. Who scores a prompt by echo
+    (lm-eval) takes it that one token follows the prompt, whatever that was."""
+    return [one.end_logprob] if one.end_logprob is not None else []
+
+
 def _finite(value: float) -> float:
     return max(value, -9999.0)
 
@@ -166,7 +173,7 @@ class _Answer:
             logprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
             if self.body.echo:
                 logprobs = self._prompt_logprobs(at, sample.index, self.runs.all[at].result.prompt_logprobs or [])
-            more = [] if nothing else [(one.id, one) for one in sample.logprobs or ()]
+            more = [] if nothing else [(one.id, one) for one in [*(sample.logprobs or ()), *_end(sample)]]
             for name, values in self._logprobs[at, sample.index].of(more).items():
                 logprobs[name] += values
         return {
@@ -221,8 +228,9 @@ class _Answer:
             if self.body.logprobs is not None and found is not None:
                 logprobs = self._prompt_logprobs(at, output.index, found)
         said.add(place)
-        if self.body.logprobs is not None and output.logprobs and not nothing:
-            more = self._logprobs[place].of([(one.id, one) for one in output.logprobs])
+        new = [*(output.logprobs or ()), *_end(output)]
+        if self.body.logprobs is not None and new and not nothing:
+            more = self._logprobs[place].of([(one.id, one) for one in new])
             logprobs = {name: logprobs[name] + values for name, values in more.items()} if logprobs else more
         if not text and logprobs is None and output.finish_reason is None:
             return None

@@ -75,6 +75,7 @@ class Asked(Sampling):
         "auto: what fills the context loses whole turns, the oldest first, which `criadero.context` tells; disabled (the default): refused"
     )
     reasoning: dict[str, Any] | None = reported("these models do not think aloud")
+    personality: str | None = reported("say it in instructions")
     conversation: Any = refused("use previous_response_id")
 
 
@@ -110,6 +111,7 @@ class ResponseRequest(Asked):
     prompt_cache_retention: str | None = reported("they are kept while there is room")
     prompt_cache_options: dict[str, Any] | None = reported("they are kept while there is room")
     safety_identifier: str | None = reported("requests are told apart by their keys")
+    access_programs: Any = reported("there are none here")
 
 
 # -- asking -----------------------------------------------------------------------------------------------------------

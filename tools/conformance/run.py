@@ -32,6 +32,7 @@ ROOT = HERE.parents[1]
 FOLDER = ROOT / ".conformance"
 RESULTS = HERE / "results.json"
 # codes of refusals that say: not this parameter, or not here. A test that fails for one of them does not apply.
+MADE_UP = r"(?<=/)[a-z]*_?(id|\d+|gpt-[\w.-]+|[\w:]*:[\w:-]+)(?=/|$)"
 REFUSED = {"unsupported_parameter", "unsupported_tool", "unsupported_content", "not_found", "method_not_allowed"}
 
 
@@ -80,6 +81,8 @@ def said(suite: Suite, result: dict[str, Any]) -> str:
 
 def run(suite: Suite, given: str | None) -> dict[str, Any]:
     """Install, serve, run, and read what came of it."""
+    if suite.usual and not given and (ROOT / suite.usual).is_dir():
+        given = str(ROOT / suite.usual)
     if suite.needs and not given:
         raise Unavailable(f"name {suite.needs} with --source {suite.name}=FOLDER")
     made = environment(suite)
@@ -200,8 +203,8 @@ def judged(suite: Suite, tests: list[dict[str, Any]], requests: list[dict[str, A
     proved: dict[str, set[str]] = {}
     errors = [one for one in requests if one["status"] >= 500]
     for name, one in outcomes.items():
-        asked = [r for r in requests if one["began"] <= r["began"] and r["ended"] <= one["ended"] + 0.5]
-        refusals = [refusal for r in asked for refusal in r["refusals"]]
+        asked = [r for r in requests if one["began"] <= r["began"] <= one["ended"]]
+        refusals = [{**refusal, "request": r["request"]} for r in asked for refusal in r["refusals"]]
         # a refusal is proved by whoever gets it; what is honoured by a test that is content with the answer
         for r in asked:
             names = {r_["param"] for r_ in r["refusals"] if r_["code"] == "unsupported_parameter" and r_["param"]}
@@ -231,7 +234,10 @@ def reason_of(suite: Suite, test: dict[str, Any], refusals: list[dict[str, Any]]
         if re.search(pattern, f"{test['test']}\n{test['text']}"):
             return reason
     if test["outcome"] == "failed" and refusals and refusals[-1]["code"] in REFUSED:
-        return f"refused: {short(refusals[-1]['message'] or '')}"
+        last = refusals[-1]
+        if last["code"] in ("not_found", "method_not_allowed"):
+            return f"not part of this API: {re.sub(MADE_UP, 'ID', last['request'])}"
+        return f"refused by design: {short(last['message'] or '')}"
     return None
 
 
