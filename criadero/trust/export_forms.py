@@ -37,7 +37,7 @@ _EU: dict[str, dict[str, str]] = {
         "removals": "Documents removed on request", "listed": "listed", "removed": "removed", "base_note":
         "Significant modification: this summary covers the data added to the model named above; the sources of that model stand "
         "in its own summary, and those known from the lineage are marked.", "read_by": "read by",
-        "by_estimate": "from the passport's counts",
+        "by_estimate": "from the passport's counts", "text": "text", "thousands": ",",
     },
     "es": {
         "title": "Resumen público del contenido de entrenamiento",
@@ -62,7 +62,7 @@ _EU: dict[str, dict[str, str]] = {
         "removals": "Documentos eliminados a petición", "listed": "en la lista", "removed": "eliminados", "base_note":
         "Modificación significativa: este resumen cubre los datos añadidos al modelo nombrado arriba; las fuentes de ese modelo "
         "constan en su propio resumen, y las que se conocen por el linaje van señaladas.", "read_by": "leída por",
-        "by_estimate": "según las cuentas del pasaporte",
+        "by_estimate": "según las cuentas del pasaporte", "text": "texto", "thousands": "\u00a0",
     },
 }  # fmt: skip
 
@@ -89,12 +89,12 @@ def eu_summary(facts: Facts, lang: str = "en") -> str:
     if facts.base:
         lines += ["", t["base_note"]]
     lines += ["", f"### {t['s13']}", ""]
-    field("modalities", ", ".join(facts.table("model").get("modalities") or []))
+    field("modalities", ", ".join(t.get(one, one) for one in facts.table("model").get("modalities") or []))
     rows = facts.read
     tokens = sum(count(row.get("tokens")) or 0 for row, _ in rows)
     bands = t["bands"].split("|")
     band = bands[0 if tokens < 10**9 else 1 if tokens <= 10**13 else 2]
-    field("size", f"{band} ({tokens:,}, {t['by_estimate']})" if tokens else None)
+    field("size", f"{band} ({_n(tokens, t)}, {t['by_estimate']})" if tokens else None)
     kinds = {str(row.get("kind")) for row, _ in rows}
     field("content", ", ".join(t[name] for key, name in (("text", "texts"), ("chat", "chats")) if key in kinds))
     collected = data.get("collected") or []
@@ -125,7 +125,7 @@ def eu_summary(facts: Facts, lang: str = "en") -> str:
         removed = row.get("removed")
         for why, n in removed.items() if isinstance(removed, dict) else ():
             reasons[why] = reasons.get(why, 0) + int(n)
-    field("other", ", ".join(f"{why.replace('_', ' ')} {n:,}" for why, n in sorted(reasons.items())))
+    field("other", ", ".join(f"{why.replace('_', ' ')} {_n(n, t)}" for why, n in sorted(reasons.items())))
     return "\n".join(lines + _missing(missing, t["missing_list"], t["missing_note"])) + "\n"
 
 
@@ -144,13 +144,19 @@ def _sources(rows: list[Any], t: Mapping[str, str]) -> list[str]:
     for row, by in rows:
         name = str(row.get("name")) + (f" ({t['read_by']} {by})" if by else "")
         documents = count(row.get("documents_out", row.get("documents")))
-        cells = (name, row.get("licence") or "?", _n(documents), _n(count(row.get("tokens"))), " ".join(urls_of(row)))
+        cells = (
+            name,
+            row.get("licence") or "?",
+            _n(documents, t),
+            _n(count(row.get("tokens")), t),
+            " ".join(urls_of(row)),
+        )
         lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
     return [*lines, ""]
 
 
-def _n(number: int | None) -> str:
-    return "?" if number is None else f"{number:,}"
+def _n(number: int | None, t: Mapping[str, str]) -> str:
+    return "?" if number is None else f"{number:,}".replace(",", t["thousands"])
 
 
 def _missing(names: list[str], title: str, note: str) -> list[str]:
