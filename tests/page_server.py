@@ -84,7 +84,7 @@ MODELS: list[dict[str, Any]] = [
         "memory_bytes": 118_000_000,
         "has_template": True,
         "tokens_per_s": 212.0,
-        "made_of": "15.5 M tokens from 9 sources, all public domain or CC BY; trained here in 3 h 10 min",
+        "made_of": {"kind": "chat", "base": "cria", "tokens": 1_234_567, "sources": 1, "licence": "CC-BY-SA-4.0"},
     },
     {
         "id": "shop",
@@ -95,7 +95,7 @@ MODELS: list[dict[str, Any]] = [
         "memory_bytes": 1_900_000,
         "has_template": True,
         "tokens_per_s": None,
-        "made_of": "cria-chat, tuned on 240 of your questions and answers",
+        "made_of": {"kind": "adapter", "base": "cria-chat", "tokens": 24_000, "sources": 1, "licence": None},
     },
     {
         "id": "cria",
@@ -106,7 +106,7 @@ MODELS: list[dict[str, Any]] = [
         "memory_bytes": 118_000_000,
         "has_template": False,
         "tokens_per_s": 212.0,
-        "made_of": "15.5 M tokens from 9 sources",
+        "made_of": None,
     },
 ]
 

@@ -73,6 +73,13 @@ def test_help_without_torch() -> None:
         assert verb in done.stdout
 
 
+def test_the_module_runs_too() -> None:
+    done = subprocess.run([sys.executable, "-m", "criadero", "show", "nothing"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "nothing" in done.stderr
+
+
 def test_bare_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = call(capsys)
     assert (code, err) == (0, "")

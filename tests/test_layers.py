@@ -20,7 +20,7 @@ LAYERS = [
     {"trust", "synth"},
     {"run", "demo", "terminal", "summary", "export"},
     {"serve"},
-    {"cli", "cli_passport", "cli_trace", "cli_serve", "cli_store"},
+    {"cli", "cli_passport", "cli_trace", "cli_serve", "cli_store", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))

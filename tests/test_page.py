@@ -104,7 +104,9 @@ def test_ask_and_read_the_answer(open_page: Any, world: page_server.World) -> No
     page.reload()
     expect(answers(page)).to_contain_text("A llama hums")
     page.get_by_role("button", name="About this answer").click()
-    expect(page.locator("dl.about")).to_contain_text("15.5 M tokens from 9 sources")
+    expect(page.locator("dl.about")).to_contain_text(
+        "chat model made from cria, trained on 1,234,567 tokens of 1 source, CC-BY-SA-4.0"
+    )
     expect(page.locator("dl.about")).to_contain_text("criadero replay rcpt_")
 
 
@@ -442,6 +444,9 @@ def test_keyboard_only(open_page: Any, world: page_server.World) -> None:
 def test_spanish_and_themes(open_page: Any, world: page_server.World) -> None:
     page = open_page(lang="es-ES", theme="dark")
     expect(page.get_by_role("heading", name="¿De qué hablamos?")).to_be_visible()
+    expect(page.locator(".top .made")).to_contain_text(
+        "hecho a partir de cria, entrenado con 1.234.567 tokens de 1 fuente"
+    )
     assert page.evaluate("document.documentElement.lang + document.documentElement.dataset.theme") == "esdark"
     page.get_by_role("button", name="English").click()
     page.get_by_role("button", name="Theme: as the system").click()

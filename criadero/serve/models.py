@@ -85,22 +85,24 @@ class Entry:
         return None if self.template is None else hashlib.sha256(self.template.source.encode()).hexdigest()
 
     @property
-    def made_of(self) -> str:
-        """In a line, from its passport: what it is, what it was made from, how much it read, under which licence."""
+    def made_of(self) -> dict[str, Any] | None:
+        """From its passport: what kind it is, what it was made from, how much it read of how many sources, under which licence.
+
+        The page says it in the reader's language. None: no passport tells it.
+        """
         passport = read_passport(self.path) if self.path.is_dir() else None
         if passport is None:
-            return "no passport: nothing says what it was made of"
+            return None
         base = [str(one.get("name")) for one in passport.get("inputs") or () if one.get("relation") in _FROM]
         tokens = (passport.get("step") or {}).get("tokens")
-        sources = (passport.get("data") or {}).get("by_source") or ()
-        parts = [str(passport.get("kind")) + (f" model made from {base[0]}" if base else " model")]
-        if isinstance(tokens, int) and not isinstance(tokens, bool):
-            parts.append(
-                f"trained on {tokens:,} tokens"
-                + (f" of {len(sources)} source{'s' * (len(sources) > 1)}" if sources else "")
-            )
-        parts.append(str((passport.get("licence") or {}).get("declared") or "licence not declared"))
-        return ", ".join(parts)
+        licence = (passport.get("licence") or {}).get("declared")
+        return {
+            "kind": str(passport.get("kind")),
+            "base": base[0] if base else None,
+            "tokens": tokens if isinstance(tokens, int) and not isinstance(tokens, bool) else None,
+            "sources": len((passport.get("data") or {}).get("by_source") or ()),
+            "licence": str(licence) if licence else None,
+        }
 
 
 class Pool:

@@ -13,6 +13,9 @@ export type Params = {
   seed?: number
 }
 
+/** What the passport of a model says; null where there is none. */
+export type Made = { kind: string; base: string | null; tokens: number | null; sources: number; licence: string | null }
+
 export type Model = {
   id: string
   kind: 'model' | 'adapter'
@@ -22,7 +25,7 @@ export type Model = {
   memory_bytes: number | null
   has_template: boolean
   tokens_per_s: number | null
-  made_of: string | null
+  made_of: Made | null
 }
 
 export type Token = { text: string; logprob: number; top: [string, number][] }
