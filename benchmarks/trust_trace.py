@@ -288,7 +288,8 @@ def guard(folder: Path) -> dict[str, Any]:
 
 def stream(folder: Path) -> dict[str, Any]:
     """Tokens a second of cria-chat while it answers, alone and with each token followed in the index by a guard, in turns; and
-    with the trace of the whole answer behind it, as a chat page asks for it."""
+    with the trace of the whole answer behind it, as a chat page asks for it. Beside other work the difference of two runs says
+    little: `percent_of_time` is the guard's own share of the seconds of its runs."""
     from criadero.engine.llm import LLM
     from criadero.engine.request import SamplingParams
     from criadero.trust.guard import Guard
@@ -298,8 +299,10 @@ def stream(folder: Path) -> dict[str, Any]:
     index, llm = open_index(folder / "index"), LLM("cria-chat")
     questions = [" ".join(text.split()[:12]) for text in answers(index)[:12]]
 
+    shares: list[float] = []
+
     def answer(n: int, way: str) -> tuple[int, float]:
-        watch, said, tokens = Guard(index), "", 0
+        watch, watched, said, tokens = Guard(index), 0.0, "", 0
         start = time.perf_counter()
         params = SamplingParams(max_tokens=200, temperature=0.9, seed=n)
         llm.engine.add(llm.chat_request([{"role": "user", "content": questions[n]}], params)[0])
@@ -308,11 +311,15 @@ def stream(folder: Path) -> dict[str, Any]:
                 said += output.text
                 tokens += len(output.ids)
                 if way != "alone":
+                    began = time.perf_counter()
                     for token in output.ids:
                         watch.push(token)
+                    watched += time.perf_counter() - began
         if way == "guard_and_trace" and said.strip():
             trace_text(index, said)
-        return tokens, time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        shares.extend([100 * watched / seconds] if way == "guard" else [])
+        return tokens, seconds
 
     ways = ("alone", "guard", "guard_and_trace")
     rounds: dict[str, list[float]] = {way: [] for way in ways}
@@ -328,6 +335,7 @@ def stream(folder: Path) -> dict[str, Any]:
     alone = np.array(rounds["alone"])
     return {
         "tokens_a_second": {way: round(float(np.median(rates))) for way, rates in rounds.items()},
+        "percent_of_time": {"median": round(float(np.median(shares)), 2), "most": round(max(shares), 2)},
         "percent_lost": {
             way: {"median": round(float(np.median(lost)), 2), "least": round(float(lost.min()), 2), "most": round(float(lost.max()), 2)}
             for way in ways[1:] for lost in [100 * (1 - np.array(rounds[way]) / alone)]
