@@ -1,11 +1,11 @@
 """A training step: ours beside transformers, as it comes and at its best, in one run, interleaved.
 
-    python benchmarks/train_step.py [--shape cria|15m] [--rounds 3] [--json]
+    python benchmarks/train_step.py [--shape cria|15m|135m] [--rounds 3] [--only TEXT] [--dtype float32] [--peer-dtype float32] [--json]
 
-All train random weights of the same shape on the same rows (8192 tokens a step, whole rows of one document, AdamW on float32 masters):
-transformers' ``LlamaForCausalLM`` plainly (bf16 weights, SDPA), and at its best, compiled by torch.compile. Each side runs in a process of
-its own, so that our allocator settings do not help the peer; "tuned" rows have them set from outside (GLIBC_TUNABLES). The slow twin is
-our own model without the compiled kernels.
+All train random weights of the same shape on the same rows (8192 tokens a step, of 135m 4096; whole rows of one document, AdamW on float32
+masters): transformers' ``LlamaForCausalLM`` plainly (bf16 weights unless told otherwise, SDPA), and at its best, compiled by
+torch.compile. Each side runs in a process of its own, so that our allocator settings do not help the peer; "tuned" rows have them set from
+outside (GLIBC_TUNABLES). The slow twin is our own model without the compiled kernels.
 """
 
 from __future__ import annotations
@@ -28,12 +28,16 @@ SHAPES = {
         "vocab_size": 4096, "hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 6,
         "num_key_value_heads": 6, "max_position_embeddings": 256, "tie_word_embeddings": True,
     },
+    "135m": {
+        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "max_position_embeddings": 512, "tie_word_embeddings": True,
+    },
 }  # fmt: skip
-TOKENS = 8192  # a step
+TOKENS = {"cria": 8192, "15m": 8192, "135m": 4096}  # a step
 KEEP = "glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456"
 
 
-def ours(shape: dict, steps: int) -> list[float]:
+def ours(shape: dict, steps: int, tokens: int, dtype: str) -> list[float]:
     """Seconds of each step of our loop's parts: batch, loss, backward, AdamW."""
     import torch
 
@@ -48,16 +52,16 @@ def ours(shape: dict, steps: int) -> list[float]:
     length = shape["max_position_embeddings"]
     model = Llama(ModelConfig(**shape))
     model.initialise(0)
-    model.to(torch.bfloat16)
+    model.to(getattr(torch, dtype))
     optimizer = Optimizer(model.named_parameters(), method="adamw", weight_decay=0.1)
     seconds = []
     for step in range(steps):
         ids = torch.randint(
-            0, shape["vocab_size"], (TOKENS // length, length + 1), generator=torch.Generator().manual_seed(step)
+            0, shape["vocab_size"], (tokens // length, length + 1), generator=torch.Generator().manual_seed(step)
         )
         began = time.perf_counter()
         positions = torch.arange(length).expand(len(ids), -1)
-        batch = Batch(ids[:, :-1], ids[:, 1:], torch.zeros_like(positions), positions, torch.bfloat16)
+        batch = Batch(ids[:, :-1], ids[:, 1:], torch.zeros_like(positions), positions, getattr(torch, dtype))
         loss, count, _ = next_token_loss(model, batch)
         loss.backward()
         optimizer.collect()
@@ -66,25 +70,25 @@ def ours(shape: dict, steps: int) -> list[float]:
     return seconds
 
 
-def peer(shape: dict, steps: int, compiled: bool) -> list[float]:
+def peer(shape: dict, steps: int, tokens: int, dtype: str, compiled: bool) -> list[float]:
     """The same with transformers and torch's AdamW on float32 masters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     length = shape["max_position_embeddings"]
-    model = LlamaForCausalLM(LlamaConfig(**shape, use_cache=False)).to(torch.bfloat16)
+    model = LlamaForCausalLM(LlamaConfig(**shape, use_cache=False)).to(getattr(torch, dtype))
 
     def loss_of(ids: torch.Tensor) -> torch.Tensor:
         logits = model(ids[:, :-1].contiguous()).logits.float()
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
     step_loss = torch.compile(loss_of) if compiled else loss_of
-    masters = [p.detach().float().requires_grad_() for p in model.parameters()]
+    masters = [p.detach().float().clone().requires_grad_() for p in model.parameters()]
     optimizer = torch.optim.AdamW(masters, lr=1e-3, weight_decay=0.1, fused=True)
     seconds = []
     for step in range(steps):
         ids = torch.randint(
-            0, shape["vocab_size"], (TOKENS // length, length + 1), generator=torch.Generator().manual_seed(step)
+            0, shape["vocab_size"], (tokens // length, length + 1), generator=torch.Generator().manual_seed(step)
         )
         began = time.perf_counter()
         step_loss(ids).backward()
@@ -107,13 +111,20 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="cria")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each side in a round")
+    parser.add_argument("--only", default="", help="measure only the sides whose name holds this text, and ours")
+    for name, whose in (("--dtype", "ours"), ("--peer-dtype", "the peer's")):
+        parser.add_argument(name, choices=["bfloat16", "float32"], default="bfloat16", help=f"to compute in, {whose}")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--side", choices=["ours", "peer", "compiled"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape]
     if arguments.side:
         steps = arguments.steps + 2  # the first two warm up, and compile
-        seconds = ours(shape, steps) if arguments.side == "ours" else peer(shape, steps, arguments.side == "compiled")
+        tokens = TOKENS[arguments.shape]
+        if arguments.side == "ours":
+            seconds = ours(shape, steps, tokens, arguments.dtype)
+        else:
+            seconds = peer(shape, steps, tokens, arguments.peer_dtype, arguments.side == "compiled")
         print(json.dumps(seconds[2:]))
         return
     tuned = {"GLIBC_TUNABLES": KEEP}
@@ -124,6 +135,7 @@ def main() -> None:
         "transformers, allocator tuned": ("peer", tuned),
         "transformers, compiled, allocator tuned": ("compiled", tuned),
     }
+    sides = {name: side for name, side in sides.items() if arguments.only in name or name == "Criadero"}
     speeds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(arguments.rounds):
         for name, (side, changes) in sides.items():
@@ -136,9 +148,13 @@ def main() -> None:
                 arguments.shape,
                 "--steps",
                 str(arguments.steps),
+                "--dtype",
+                arguments.dtype,
+                "--peer-dtype",
+                arguments.peer_dtype,
             ]
             done = subprocess.run(command, env=os.environ | changes, check=True, capture_output=True, text=True)
-            speeds[name] += [TOKENS / s for s in json.loads(done.stdout.strip().splitlines()[-1])]
+            speeds[name] += [TOKENS[arguments.shape] / s for s in json.loads(done.stdout.strip().splitlines()[-1])]
     if arguments.json:
         print(json.dumps({"machine": platform.processor(), "shape": arguments.shape, "tokens_per_second": speeds}))
         return

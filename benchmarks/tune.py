@@ -137,14 +137,19 @@ def quantise(folder: Path, bits: int) -> None:
 
     from criadero.checkpoints import load_model
     from criadero.checkpoints.packed import write_quantised
-    from criadero.quantization.rounding import round_matrix
+    from criadero.quantization.rounding import as_quant_tensor, nearest
 
     model = load_model(folder, dtype=torch.bfloat16)
     state: dict[str, Any] = dict(model.state_dict())
     for name, weight in model.named_parameters():
         if name.startswith("model.layers.") and weight.ndim == 2:
             group = 128 if bits == 8 and weight.shape[1] % 128 == 0 else 32
-            state[name] = round_matrix(weight.detach(), bits, group)
+            blocks = weight.detach().float().view(len(weight), -1, group)
+            scales = (
+                (blocks.abs().amax(-1) / (127 if bits == 8 else 7)).half().float()
+            )  # the best would take minutes to find
+            numbers = nearest(blocks, scales, bits).to(torch.int8).view(weight.shape)
+            state[name] = as_quant_tensor(numbers, scales, bits, group)
     write_quantised(state, model.config, folder.with_name(f"{folder.name}-int{bits}"), dtype=torch.bfloat16)
 
 

@@ -203,7 +203,9 @@ FORMS = ("float32", "bfloat16", "int8/0", "int8/32", "int8/128", "int4/32", "int
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("shape", [(1, 64, (16,)), (45, 192, (128, 24, 40)), (130, 1088, (70,)), (37, 576, (200, 8))])
+@pytest.mark.parametrize(
+    "shape", [(1, 64, (16,)), (45, 192, (128, 24, 40)), (130, 1088, (70,)), (37, 576, (200, 8)), (18, 70, (33,))]
+)
 def test_products_with_frozen_weights(
     shape: tuple[int, int, tuple[int, ...]], form: str, dtype: torch.dtype, whole: bool
 ) -> None:

@@ -250,7 +250,7 @@ def test_whole_numbers_give_nearly_the_same_gradients_and_are_off_in_evaluation(
     exact = fast.loss_sum(net, data)[0]
     want = gradients(net, exact)
     fast.multiply_in_int8(net)
-    assert fast.describe(net).endswith("frozen weights multiplied in int8")
+    assert fast.describe(net).endswith("the base multiplied in int8")
     whole = fast.loss_sum(net, data)[0]
     got = gradients(net, whole)
     assert float(whole.detach()) != float(exact.detach())

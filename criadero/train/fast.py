@@ -65,9 +65,19 @@ def describe(model: Llama) -> str:
     reason = obstacle(model)
     if reason is not None:
         return f"PyTorch's own kernels ({reason})"
-    return f"compiled training kernels ({level()})" + (
-        ", frozen weights multiplied in int8" if multiplies_in_int8(model) else ""
-    )
+    how = ""
+    if any(isinstance(module, LoraLinear) for module in model.modules()):
+        how = f", the base multiplied {'in int8' if multiplies_in_int8(model) else 'exactly'}"
+    return f"compiled training kernels ({level()}){how}"
+
+
+def int8_is_fast() -> bool:
+    """Whether this processor multiplies whole numbers of 8 bits several times as fast as floats, at the level in use."""
+    module = native()
+    if module is None:
+        return False
+    by_level = {"avx512": {"avx512_vnni"}, "avx2": {"avx_vnni"}, "neon": {"neon_dot"}}
+    return bool(by_level.get(level(), set()) & set(module.features()))
 
 
 def multiply_in_int8(model: Llama) -> None:

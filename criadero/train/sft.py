@@ -527,7 +527,8 @@ def _multiplies_in_int8(recipe: SftRecipe, obstacle: str | None) -> bool:
         raise UserError(
             f"base_matmul int8 needs the compiled training kernels, which do not compute here ({obstacle}); leave it out"
         )
-    return plain and obstacle is None and (recipe.base_matmul == "int8" or (recipe.base_matmul == "auto" and INT8_AUTO))
+    wanted = recipe.base_matmul == "int8" or (recipe.base_matmul == "auto" and INT8_AUTO and fast.int8_is_fast())
+    return plain and obstacle is None and wanted
 
 
 def _context(recipe: SftRecipe, config: ModelConfig) -> int:

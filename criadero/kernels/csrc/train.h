@@ -1,4 +1,4 @@
-// What training computes besides products with weights, forward and backward, and bf16 products with all their operands dense.
+// What training computes, forward and backward: norms, SwiGLU, cross-entropy, attention, and products of operands as they lie in memory.
 //
 // Rows of activations are f32 or bf16 (`Element`); sums, softmax and norms are always computed in f32. One table of functions an
 // instruction set and element type; train_*.cpp have them. Sizes are the caller's to check (bindings_train.cpp).
