@@ -34,6 +34,8 @@ def bodies() -> list[tuple[str, type, str]]:
 
 def page(note: str, table: Callable[[tuple[str, ...], Sequence[tuple[str, ...]]], list[str]]) -> str:
     """The page; ``table`` writes one in Markdown."""
+    from conformance_reference import proofs
+
     from criadero.serve import params
     from criadero.serve.settings import Limits
 
@@ -41,10 +43,13 @@ def page(note: str, table: Callable[[tuple[str, ...], Sequence[tuple[str, ...]]]
         "# The API of `criadero serve`", note, "",
         "Every parameter is *honoured*; or *refused* with a 400 that names it (unless its value asks for nothing); or *reported*: taken, "
         "without effect, and named in `criadero.ignored` and in the header `X-Criadero-Ignored`. A name that is not here is a 400.", "",
+        "*Proved by* names the [suites of others](conformance.md) in which a test that passed sent the parameter and was content with the "
+        "answer, or, for what is refused, in which the 400 that names it came back.", "",
     ]  # fmt: skip
     for endpoint, body, tests in bodies():
-        rows = [(f"`{name}`", status, about) for name, status, about in params.rows(body)]
-        lines += [f"## {endpoint}", "", *table(("parameter", "", "what it does, or why not"), rows)]
+        known = proofs(endpoint)
+        rows = [(f"`{name}`", status, about, shown(known.get(name, []))) for name, status, about in params.rows(body)]
+        lines += [f"## {endpoint}", "", *table(("parameter", "", "what it does, or why not", "proved by"), rows)]
         if (TESTS / tests).is_file():
             lines += [f"Tested in [`tests/{tests}`](../../tests/{tests}).", ""]
     lines += ["## Limits", "", "What is above one is a 4xx that names it.", ""]
@@ -64,6 +69,11 @@ def page(note: str, table: Callable[[tuple[str, ...], Sequence[tuple[str, ...]]]
     ]
     lines += ["## Proved by", "", *table(("outside suite", "run by"), proofs)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def shown(suites: list[str]) -> str:
+    """The suites that proved a parameter: the first three."""
+    return ", ".join(suites[:3]) + (f" and {len(suites) - 3} more" if len(suites) > 3 else "")
 
 
 def _block() -> list[tuple[str, ...]]:

@@ -36,7 +36,7 @@ STAGE_OF = {
 def main() -> int:
     """Write the pages, or with ``--check`` say which are out of date; the exit code."""
     pages = {"command-line.md": command_line(), "recipes.md": recipes(), "python.md": python_names()}
-    pages["api.md"] = api()
+    pages |= {"api.md": api(), "conformance.md": conformance()}
     if "--check" not in sys.argv[1:]:
         FOLDER.mkdir(exist_ok=True)
         for name, text in pages.items():
@@ -54,6 +54,14 @@ def api() -> str:
     from api_reference import page
 
     return page(NOTE, table)
+
+
+def conformance() -> str:
+    """What the suites of others say of the server, from what tools/conformance/run.py wrote down."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    from conformance_reference import page
+
+    return page(table)
 
 
 def same(file: Path, text: str) -> bool:

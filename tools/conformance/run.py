@@ -97,7 +97,7 @@ def run(suite: Suite, given: str | None) -> dict[str, Any]:
             env = {
                 **os.environ, "CRIADERO_WATCH": str(work / "tests"), "CRIADERO_URL": url, "PYTHONPATH": str(HERE),
                 "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CRIADERO_PYTHON": sys.executable,
-                "CRIADERO_WORK": str(work),
+                "CRIADERO_WORK": str(work), "CRIADERO_LOG": str(work / "requests"),
                 **{name: value.format(**words) for name, value in suite.settings},
             }  # fmt: skip
             command = [one.format(**words) for one in suite.command]
@@ -120,7 +120,7 @@ def run(suite: Suite, given: str | None) -> dict[str, Any]:
 
 def environment(suite: Suite) -> Path:
     """Its folder, made if need be."""
-    folder = FOLDER / re.sub(r"[^\w.-]+", "-", suite.requirements[0])
+    folder = FOLDER / f"{suite.package}-{version_of(suite)}"
     python = folder / "bin" / "python"
     marker = folder / "installed"
     wanted = "\n".join(suite.requirements)
@@ -143,15 +143,15 @@ def environment(suite: Suite) -> Path:
 
 def unpacked(suite: Suite) -> Path:
     """The folder of a package's source archive, which has its tests."""
-    [requirement] = [one for one in suite.requirements if one.startswith(suite.package + "==")]
-    folder = FOLDER / "sources" / requirement.replace("==", "-")
+    name, _, version = suite.unpack.partition("==")
+    folder = FOLDER / "sources" / f"{name.replace('-', '_')}-{version}"
     if not folder.is_dir():
-        with tempfile.TemporaryDirectory() as name:
+        with tempfile.TemporaryDirectory() as work:
             subprocess.run(
                 [sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check", "--no-deps", "--no-binary",
-                 suite.package, "-d", name, requirement], check=True,
+                 name, "-d", work, suite.unpack], check=True,
             )  # fmt: skip
-            [archive] = Path(name).glob("*.tar.gz")
+            [archive] = Path(work).glob("*.tar.gz")
             with tarfile.open(archive) as packed:
                 packed.extractall(FOLDER / "sources", filter="data")
     return folder
@@ -159,7 +159,7 @@ def unpacked(suite: Suite) -> Path:
 
 def version_of(suite: Suite) -> str:
     """Of the package that the suite is about."""
-    for one in suite.requirements:
+    for one in (*suite.requirements, suite.unpack):
         name, _, version = one.rpartition("@") if suite.kind == "node" else one.partition("==")
         if name.partition("[")[0] == suite.package:
             return version
@@ -201,7 +201,8 @@ def judged(suite: Suite, tests: list[dict[str, Any]], requests: list[dict[str, A
             outcomes[one["test"]] = one
     passed, failed, without = 0, [], Counter[str]()
     proved: dict[str, set[str]] = {}
-    errors = [one for one in requests if one["status"] >= 500]
+    gone = {"cancelled", "client_gone"}  # nobody reads what is said to a client that left
+    errors = [one for one in requests if one["status"] >= 500 and not gone & {part["code"] for part in one["refusals"]}]
     for name, one in outcomes.items():
         asked = [r for r in requests if one["began"] <= r["began"] <= one["ended"]]
         refusals = [{**refusal, "request": r["request"]} for r in asked for refusal in r["refusals"]]

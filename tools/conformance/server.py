@@ -22,17 +22,18 @@ from criadero.serve.store import Store, open_store
 
 # what is left of a request without one of these is another request
 NEEDED = {"model", "messages", "prompt", "input"}
+BARE = ("/chat/completions", "/completions", "/embeddings", "/models", "/responses", "/messages")
 
 
 class Tap:
     """Writes down each request with a JSON body: its address, its parameters, the status, and of a refusal code and parameter.
 
     With ``drop`` a request that is refused for one of its parameters is asked again without it, and what was left out is written down:
-    so a suite that sends all parameters at once tells of those that are honoured too.
+    so a suite that sends all parameters at once tells of those that are honoured too. With ``bare`` addresses need no /v1 in front.
     """
 
-    def __init__(self, app: Any, log: Path, drop: bool) -> None:
-        self.app, self.log, self.drop = app, log, drop
+    def __init__(self, app: Any, log: Path, drop: bool, bare: bool) -> None:
+        self.app, self.log, self.drop, self.bare = app, log, drop, bare
         self._lock = threading.Lock()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -40,6 +41,8 @@ class Tap:
             await self.app(scope, receive, send)
             return
         began = time.time()
+        if self.bare and scope["path"].startswith(BARE):
+            scope = {**scope, "path": "/v1" + scope["path"], "raw_path": b"/v1" + scope["raw_path"]}
         body, parts = b"", []
         while scope["method"] == "POST":
             message = await receive()
@@ -118,6 +121,7 @@ def main() -> None:
     parser.add_argument("--model", default="cria-chat")
     parser.add_argument("--alias", action="append", default=[], help="another name of the model")
     parser.add_argument("--drop-refused", action="store_true")
+    parser.add_argument("--bare", action="store_true", help="take addresses without /v1 too, as llama.cpp does")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--database", help="an SQLite file: responses are kept")
@@ -132,14 +136,14 @@ def main() -> None:
         limits=Limits(requests_per_minute=chosen.requests_per_minute),
     )  # fmt: skip
     pool = make_pool(settings)
-    for name in chosen.alias:
+    for name in chosen.alias:  # the first one is what answers call the model
         pool.add(chosen.model, name)
     store: Store | None = open_store(chosen.database) if chosen.database else None
     made = listen(settings)
     app = make_app(settings, store=store, pool=pool)
     url = "http://{}:{}".format(*made.getsockname()[:2])
     server = Server(app, on_start=lambda: print(url, flush=True))
-    server.config.app = Tap(app, chosen.log, chosen.drop_refused)
+    server.config.app = Tap(app, chosen.log, chosen.drop_refused, chosen.bare)
     server.run(sockets=[made])
 
 

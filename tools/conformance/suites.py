@@ -13,8 +13,8 @@ class Suite:
     """``command`` runs in ``folder``; ``{python}``, ``{url}``, ``{here}``, ``{modules}``, ``{source}``, ``{work}`` and ``{root}`` are
     filled in.
 
-    ``package`` names the requirement whose version is told; with ``unpack`` its source archive is fetched, and ``{source}`` is where it
-    lies. ``not_applicable`` holds (pattern of a test's name or message, reason).
+    ``package`` names the requirement whose version is told; ``unpack`` is one whose source archive is fetched from PyPI, and
+    ``{source}`` is where that lies. ``not_applicable`` holds (pattern of a test's name or message, reason).
     """
 
     name: str
@@ -23,7 +23,7 @@ class Suite:
     command: tuple[str, ...]
     folder: str = "{here}"
     package: str = ""
-    unpack: bool = False
+    unpack: str = ""
     needs: str = ""  # what --source has to name
     usual: str = ""  # where that is looked for, from the project's folder
     kind: str = "python"  # or node
@@ -36,31 +36,42 @@ RESOURCES = (
     "tests/api_resources/chat/test_completions.py", "tests/api_resources/test_completions.py", "tests/api_resources/test_embeddings.py",
     "tests/api_resources/test_models.py", "tests/api_resources/test_responses.py", "tests/api_resources/responses",
 )  # fmt: skip
-OPENAI_TOOLS = ("pytest==9.2.0", "pytest-asyncio==1.5.0", "inline-snapshot==0.36.1", "rich==15.0.0", "aiohttp==3.14.5")
+OPENAI_TOOLS = (
+    "pytest==9.2.0",
+    "pytest-xdist==3.8.0",
+    "pytest-asyncio==1.5.0",
+    "inline-snapshot==0.36.1",
+    "rich==15.0.0",
+    "aiohttp==3.14.5",
+)
 # of tests that were written for a mock server, which takes anything
 MOCK = (
     (r"there is no such response", "asks for a response that was never made: the suite's mock server has any"),
     (r"input must be given", "asks without an input, which the suite's mock server takes"),
-    (r"input should be (greater|less)|out_of_range", "sends 0, or another placeholder that is out of range, which the suite's mock server takes"),
+    (r"input should be (greater|less)|out_of_range", "sends 0, or another placeholder that is out of range"),
     (r"logit_bias: 'foo' is not a token id", "sends the placeholder 'foo' as a token id"),
     (r"previous_response_id|no response .* to go on from", "goes on from a response that was never made"),
     (r"dimensions: this model's vectors", "asks for vectors of length 1"),
-    (r"(?s)test_embeddings.py.*strict.*APIResponseValidationError|(?s)test_embeddings.py.*aiohttp.*APIResponseValidationError",
+    (r"(?s)test_embeddings.py.*(strict|aiohttp).*APIResponseValidationError",
      "the package asks for base64 and its strict check runs before it decodes that: OpenAI's own answers fail it too"),
 )  # fmt: skip
 PYTEST = ("{python}", "-m", "pytest", "-p", "watch", "-q", "-x", "--maxfail=100000", "-p", "no:cacheprovider")
+LLAMA = tuple(
+    f"unit/test_{name}.py"
+    for name in ("basic", "chat_completion", "ctx_shift", "embedding", "security", "tokenize", "compat_oai_responses")
+)
 ALIASES = tuple(word for name in OPENAI_NAMES for word in ("--alias", name))
 
 SUITES = (
     Suite(
         "openai-python", "openai-python's own tests of chat, completions, embeddings, models and responses",
-        ("openai==3.57.0", *OPENAI_TOOLS), (*PYTEST, *RESOURCES), folder="{source}", package="openai", unpack=True,
+        ("openai==3.57.0", *OPENAI_TOOLS), (*PYTEST, "-n0", *RESOURCES), folder="{source}", package="openai", unpack="openai==3.57.0",
         server=(*ALIASES, "--database", "{work}/store.sqlite"),
         settings=(("TEST_API_BASE_URL", "{url}/v1"),), not_applicable=MOCK,
     ),
     Suite(
         "openai-python-without", "the same, each request asked again without the parameters that were refused",
-        ("openai==3.57.0", *OPENAI_TOOLS), (*PYTEST, *RESOURCES), folder="{source}", package="openai", unpack=True,
+        ("openai==3.57.0", *OPENAI_TOOLS), (*PYTEST, "-n0", *RESOURCES), folder="{source}", package="openai", unpack="openai==3.57.0",
         server=(*ALIASES, "--database", "{work}/store.sqlite", "--drop-refused"),
         settings=(("TEST_API_BASE_URL", "{url}/v1"),), not_applicable=MOCK,
     ),
@@ -102,7 +113,15 @@ SUITES = (
     ),
     Suite(
         "lm-eval", "lm-eval's local-completions (token ids, echo, log-probabilities): scores as computed in process",
-        ("lm-eval[api]==0.4.13", "transformers==5.24.0"), ("{python}", "lm_eval_scores.py", "{source}/openbook_qa.jsonl"), package="lm-eval",
+        ("lm-eval[api]==0.4.13", "transformers==5.24.0"), ("{python}", "lm_eval_scores.py", "{source}/openbook_qa.jsonl"),
+        package="lm-eval",
         needs="a folder with openbook_qa.jsonl (query, choices, gold)", usual="../shared/data/eval/openbook_qa",
+    ),
+    Suite(
+        "llama.cpp", "test files of llama.cpp's server, which start it for each test: a script takes its flags and starts ours",
+        ("pytest==9.2.0", "openai==3.57.0", "requests==2.34.2", "wget==3.2", "filelock==4.3.1", "numpy==2.4.6",
+         "prometheus-client==0.26.0", "huggingface_hub==2.4.0", "aiohttp==3.14.5"),
+        (*PYTEST, *LLAMA), folder="{source}/vendor/llama.cpp/tools/server/tests", package="llama-cpp-python",
+        unpack="llama-cpp-python==0.3.36", settings=(("LLAMA_SERVER_BIN_PATH", "{here}/llama_server.sh"),),
     ),
 )  # fmt: skip
