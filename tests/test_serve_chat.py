@@ -422,6 +422,10 @@ def test_references_inside_a_tools_schema(live: Live) -> None:
     assert json.loads(reader.calls[0].arguments)["tree"] in ("leaf", "root")
 
 
+def test_null_is_no_model(live: Live) -> None:
+    assert live.chat(model=None).json()["model"] == live.chat(model="").json()["model"] == MODEL
+
+
 def test_system_messages_after_each_other_are_one(live: Live) -> None:
     two = [{"role": "system", "content": "Sé breve."}, {"role": "developer", "content": "Y amable."}]
     one = [{"role": "system", "content": "Sé breve.\n\nY amable."}]

@@ -77,7 +77,7 @@ class OutputConfig(Body):
 class CountRequest(Body):
     """The body of a request to count tokens."""
 
-    model: str = honoured("the name of a model or an adapter; empty: the default one", "", max_length=256)
+    model: str | None = honoured("the name of a model or an adapter; empty: the default one", "", max_length=256)
     messages: Annotated[list[Turn], Field(min_length=1, max_length=LIMITS.messages)]
     system: str | Blocks | None = honoured("the system message")
     tools: list[dict[str, Any]] | None = honoured("functions that may be called (limits tools, tool_bytes)")

@@ -27,7 +27,7 @@ class EmbeddingRequest(Body):
     input: str | Annotated[list[str], Field(min_length=1)] | Ids | Annotated[list[Ids], Field(min_length=1)] = Field(
         description="a text, token ids, or a list of either (limit prompts)"
     )
-    model: str = honoured("the name of a model or an adapter; empty: the default one", "", max_length=256)
+    model: str | None = honoured("the name of a model or an adapter; empty: the default one", "", max_length=256)
     encoding_format: Literal["float", "base64"] | None = honoured(
         "numbers, or little-endian float32 in base64; default float"
     )

@@ -145,7 +145,7 @@ class Pool:
         self.entries[name] = entry
         return entry
 
-    def find(self, name: str) -> Entry:
+    def find(self, name: str | None) -> Entry:
         """The entry of a request's ``model``; an empty name is the default one. 404 with the nearest name."""
         if not name:
             return self.entries[self.default]

@@ -134,7 +134,7 @@ TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 class Sampling(Body):
     """How tokens are chosen: the same for chat and for completions."""
 
-    model: str = honoured("the name of a model or an adapter; empty: the default one", "", max_length=256)
+    model: str | None = honoured("the name of a model or an adapter; empty: the default one", "", max_length=256)
     temperature: Temperature | None = honoured("0 takes the likeliest token; default 1")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = honoured("nucleus sampling; default 1")
     n: Annotated[int, Field(ge=1, le=LIMITS.n)] | None = honoured("answers to one prompt (limit n)")

@@ -146,7 +146,7 @@ async def input_tokens(body: Asked, request: Request) -> Response:
     return json_response({"object": "response.input_tokens", "input_tokens": count})
 
 
-async def count_tokens(request: Request, model: str, messages: list[Message]) -> int:
+async def count_tokens(request: Request, model: str | None, messages: list[Message]) -> int:
     """Tokens of a chat as its model reads it, with what precedes the answer."""
     pool = service_of(request).pool
     entry = pool.find(model)

@@ -367,7 +367,7 @@ def plain_params(params: SamplingParams) -> dict[str, Any]:
 
 
 async def begin_chat(
-    service: Service, key: Key, *, model: str, messages: Sequence[Message], params: Mapping[str, Any], endpoint: str,
+    service: Service, key: Key, *, model: str | None, messages: Sequence[Message], params: Mapping[str, Any], endpoint: str,
     policy: Policy = "error", ignored: Sequence[str] = (), keep: bool = False,
 ) -> Run:  # fmt: skip
     """Answer a chat. ``params`` are fields of `SamplingParams`; without ``max_tokens`` the answer may fill the context."""
@@ -384,7 +384,7 @@ async def begin_chat(
 
 
 async def begin_text(
-    service: Service, key: Key, *, model: str, prompt: str | Sequence[int], params: Mapping[str, Any], endpoint: str,
+    service: Service, key: Key, *, model: str | None, prompt: str | Sequence[int], params: Mapping[str, Any], endpoint: str,
     ignored: Sequence[str] = (), pooling: Literal["mean", "last"] | None = None, keep: bool = False,
     prompts: int = 1,
 ) -> Run:  # fmt: skip
@@ -401,7 +401,7 @@ async def begin_text(
 
 
 async def _begin(
-    service: Service, key: Key, model: str, make: Callable[[Worker, Entry], tuple[Request, tuple[int, ...]]], endpoint: str,
+    service: Service, key: Key, model: str | None, make: Callable[[Worker, Entry], tuple[Request, tuple[int, ...]]], endpoint: str,
     policy: Policy, ignored: Sequence[str], keep: bool, prompts: int = 1,
 ) -> Run:  # fmt: skip
     entry = service.pool.find(model)

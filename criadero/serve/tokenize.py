@@ -22,7 +22,7 @@ router = APIRouter()
 class TokenizeRequest(Body):
     """A text, or a chat."""
 
-    model: str = honoured("the name of a model or an adapter; empty: the default one", "", max_length=256)
+    model: str | None = honoured("the name of a model or an adapter; empty: the default one", "", max_length=256)
     prompt: str | None = honoured("a text; it gets BOS in front as for a completion")
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=LIMITS.messages)] | None = honoured(
         "a chat, which goes through the model's template"
@@ -35,7 +35,7 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     """Token ids."""
 
-    model: str = honoured("the name of a model or an adapter; empty: the default one", "", max_length=256)
+    model: str | None = honoured("the name of a model or an adapter; empty: the default one", "", max_length=256)
     tokens: Annotated[list[TokenId], Field(max_length=LIMITS.max_tokens)] = Field(description="token ids")
 
 

@@ -29,7 +29,9 @@ _opening = threading.Lock()
 class TraceRequest(Body):
     """The text of a trace, or the message of a chat that holds it."""
 
-    model: str = honoured("the model that wrote it; empty: the default one, or the message's", "", max_length=256)
+    model: str | None = honoured(
+        "the model that wrote it; empty: the default one, or the message's", "", max_length=256
+    )
     text: Annotated[str, Field(min_length=1, max_length=200_000)] | None = honoured("the text")
     message_id: Annotated[str, Field(max_length=80)] | None = honoured("or an answer of a chat")
     min_tokens: Annotated[int, Field(ge=2, le=1000)] = honoured("the shortest run that counts", 8)

@@ -15,16 +15,20 @@ TAKEN = {  # flag -> how many values it has
     "--temp": 1, "--seed": 1, "--offline": 0, "--model": 1, "--model-url": 1, "--hf-repo": 1, "--hf-file": 1, "--batch-size": 1,
     "--ubatch-size": 1, "--threads": 1, "--n-gpu-layers": 1, "--cont-batching": 0, "--embedding": 0, "--metrics": 0, "--no-slots": 0,
     "--ctx-size": 1, "-ctk": 1, "-ctv": 1, "-fa": 1, "--n-predict": 1, "--verbose": 0, "--jinja": 0, "--no-jinja": 0,
-    "--kv-unified": 0, "--cache-ram": 1, "--no-ui": 0, "--reranking": 0,  # all kinds of servers are tried once before the first test
+    "--kv-unified": 0, "--cache-ram": 1, "--reranking": 0,  # all kinds of servers are tried once before the first test
 }  # fmt: skip
 
 
 def main() -> None:
     words, given = sys.argv[1:], ["--bare", "--log", os.environ["CRIADERO_LOG"]]
+    given += ["--alias", "gpt-3.5-turbo", "--alias", "gpt-3.5-turbo-instruct"]  # it answers to any name
     while words:
         flag, *words = words
         if flag in TAKEN:
             words = words[TAKEN[flag] :]
+            continue
+        if flag == "--pooling" and words[:1] == ["mean"]:
+            words = words[1:]
             continue
         named = {
             "--port": "--port",

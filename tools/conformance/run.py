@@ -32,7 +32,7 @@ ROOT = HERE.parents[1]
 FOLDER = ROOT / ".conformance"
 RESULTS = HERE / "results.json"
 # codes of refusals that say: not this parameter, or not here. A test that fails for one of them does not apply.
-MADE_UP = r"(?<=/)[a-z]*_?(id|\d+|gpt-[\w.-]+|[\w:]*:[\w:-]+)(?=/|$)"
+MADE_UP = r"(?<=/)(?!v1/)[a-z]*_?(id|\d+|gpt-[\w.-]+|[\w:]*:[\w:-]+)(?=/|$)"
 REFUSED = {"unsupported_parameter", "unsupported_tool", "unsupported_content", "not_found", "method_not_allowed"}
 
 
@@ -231,11 +231,13 @@ def judged(suite: Suite, tests: list[dict[str, Any]], requests: list[dict[str, A
 
 def reason_of(suite: Suite, test: dict[str, Any], refusals: list[dict[str, Any]]) -> str | None:
     """Why a test that did not pass does not apply; None when it should have passed."""
+    last = refusals[-1] if refusals else {"code": None}
+    if suite.own and last["code"] == "unknown_parameter":
+        return f"sends {suite.own}'s own parameter {last['param']}"
     for pattern, reason in suite.not_applicable:
         if re.search(pattern, f"{test['test']}\n{test['text']}"):
             return reason
-    if test["outcome"] == "failed" and refusals and refusals[-1]["code"] in REFUSED:
-        last = refusals[-1]
+    if test["outcome"] == "failed" and last["code"] in REFUSED:
         if last["code"] in ("not_found", "method_not_allowed"):
             return f"not part of this API: {re.sub(MADE_UP, 'ID', last['request'])}"
         return f"refused by design: {short(last['message'] or '')}"

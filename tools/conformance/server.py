@@ -21,8 +21,11 @@ from criadero.serve.settings import Limits, Settings
 from criadero.serve.store import Store, open_store
 
 # what is left of a request without one of these is another request
-NEEDED = {"model", "messages", "prompt", "input"}
-BARE = ("/chat/completions", "/completions", "/embeddings", "/models", "/responses", "/messages")
+NEEDED = {
+    "/v1/chat/completions": {"model", "messages"}, "/v1/completions": {"model", "prompt"}, "/v1/embeddings": {"model", "input"},
+    "/v1/responses": {"model", "input"}, "/v1/messages": {"model", "messages", "max_tokens"},
+}  # fmt: skip
+BARE = ("/chat/completions", "/embeddings", "/models", "/responses", "/messages")
 
 
 class Tap:
@@ -67,7 +70,9 @@ class Tap:
                 refusals.append(refusal)
             name = (refusal or {}).get("param") or ""
             name = name.partition(".")[0].partition("[")[0]
-            if held is None or not (self.drop and isinstance(sent, dict) and name in sent and name not in NEEDED):
+            if held is None or not (
+                self.drop and isinstance(sent, dict) and name in sent and name not in NEEDED.get(scope["path"], sent)
+            ):
                 break
             sent = {key: value for key, value in sent.items() if key != name}
             data = json.dumps(sent).encode()

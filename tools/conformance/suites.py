@@ -30,6 +30,7 @@ class Suite:
     server: tuple[str, ...] = ()
     not_applicable: tuple[tuple[str, str], ...] = ()
     settings: tuple[tuple[str, str], ...] = ()  # environment
+    own: str = ""  # whose parameters those are that are not known here, which then do not apply
 
 
 RESOURCES = (
@@ -51,11 +52,24 @@ MOCK = (
     (r"input should be (greater|less)|out_of_range", "sends 0, or another placeholder that is out of range"),
     (r"logit_bias: 'foo' is not a token id", "sends the placeholder 'foo' as a token id"),
     (r"previous_response_id|no response .* to go on from", "goes on from a response that was never made"),
+    (r"(?s)api_resources/test_completions.py.*all_params.*(None, float|APIResponseValidationError)",
+     "the first token of an echoed prompt has null for a log-probability, with OpenAI too, and the package's types know numbers only"),
     (r"dimensions: this model's vectors", "asks for vectors of length 1"),
     (r"(?s)test_embeddings.py.*(strict|aiohttp).*APIResponseValidationError",
      "the package asks for base64 and its strict check runs before it decodes that: OpenAI's own answers fail it too"),
 )  # fmt: skip
 PYTEST = ("{python}", "-m", "pytest", "-p", "watch", "-q", "-x", "--maxfail=100000", "-p", "no:cacheprovider")
+LLAMA_OWN = (
+    (r"test_server_multiple_addresses", "wants one server at several addresses"),
+    (r"test_server_(models|props|slots)|test_load_split", "wants llama.cpp's own list of models, properties or slots"),
+    (r"test_chat_completion(_stream|_cached_tokens|_with_openai_library)?(\[|\n)|test_embedding_usage|test_chat_completions_multiple",
+     "compares the build number of llama.cpp, or words and token counts of its own model"),
+    (r"test_logit_bias", "sends logit_bias in llama.cpp's own forms"),
+    (r"test_context_size_exceeded", "wants llama.cpp's type of error; here it is OpenAI's (context_length_exceeded)"),
+    (r"test_embedding_mixed_input", "mixes texts and ids, or sends an empty text: refused by design"),
+    (r"test_access_static_assets", "wants the files of llama.cpp's own page"),
+    (r"test_cors_options", "wants pages of other sites let in: refused by design"),
+)  # fmt: skip
 LLAMA = tuple(
     f"unit/test_{name}.py"
     for name in ("basic", "chat_completion", "ctx_shift", "embedding", "security", "tokenize", "compat_oai_responses")
@@ -123,5 +137,6 @@ SUITES = (
          "prometheus-client==0.26.0", "huggingface_hub==2.4.0", "aiohttp==3.14.5"),
         (*PYTEST, *LLAMA), folder="{source}/vendor/llama.cpp/tools/server/tests", package="llama-cpp-python",
         unpack="llama-cpp-python==0.3.36", settings=(("LLAMA_SERVER_BIN_PATH", "{here}/llama_server.sh"),),
+        own="llama.cpp", not_applicable=LLAMA_OWN,
     ),
 )  # fmt: skip
