@@ -256,7 +256,13 @@ def measure(sides: list[Side], words: Words, arguments: argparse.Namespace) -> N
                 if counted - {arguments.prompt}:
                     sys.exit(f"error: {side.name} counts {counted} tokens in prompts of {arguments.prompt}")
                 side.rounds.setdefault(clients, []).append(records)
-                say(f"{clients} clients, round {number + 1}, {side.name}: {speed(records):.1f} tokens/s")
+                first, between = [
+                    f"{1e3 * at(each, 0.5):.1f} / {1e3 * at(each, 0.99):.1f} ms"
+                    for each in (firsts(records), gaps(records))
+                ]
+                say(
+                    f"{clients} clients, round {number + 1}, {side.name}: {speed(records):.1f} tokens/s, {first}, {between}"
+                )
 
 
 def say(what: str) -> None:
@@ -264,9 +270,9 @@ def say(what: str) -> None:
     print(time.strftime("%H:%M:%S ") + what, file=sys.stderr, flush=True)
 
 
-def summary(side: Side, clients: int) -> dict[str, Any]:
-    """The numbers of one side at so many clients; times in milliseconds."""
-    rounds = side.rounds[clients]
+def summary(side: Side, clients: int, whole: int) -> dict[str, Any]:
+    """The numbers of one side at so many clients, in its first ``whole`` rounds; times in milliseconds."""
+    rounds = side.rounds[clients][:whole]
     every = flat(rounds)
     first, between = firsts(every), gaps(every)
     return {
@@ -331,17 +337,23 @@ def main() -> None:
     file = arguments.models / f"{arguments.shape}-{arguments.type}-words.gguf"
     model = write(arguments.shape, arguments.type, file, words=True)
     sides: list[Side] = []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for name in (OURS, *([] if arguments.no_bare else [BARE]), *arguments.peer):
             sides.append(start(name, model, arguments))
         measure(sides, Words(model, arguments.prompt), arguments)
+    except KeyboardInterrupt:
+        say("ended early: what follows is of the rounds that are whole")
     finally:
         for side in sides:
             side.end()
     result = {
         "time": time.strftime("%Y-%m-%d %H:%M"), "machine": f"{processor()}, {arguments.threads} threads", "versions": versions(arguments),
         "shape": arguments.shape, "type": arguments.type, "prompt": arguments.prompt, "tokens": arguments.tokens,
-        "rows": [summary(side, clients) for clients in arguments.clients for side in sides],
+        "rows": [
+            summary(side, clients, whole) for clients in arguments.clients
+            if (whole := min(len(side.rounds.get(clients, ())) for side in sides)) for side in sides
+        ],
     }  # fmt: skip
     if arguments.json:
         print(json.dumps(result))
