@@ -173,9 +173,9 @@ def versions(arguments: argparse.Namespace) -> dict[str, str]:
     """Of what is measured, as it says itself."""
     from criadero import __version__, kernels
 
-    found = {
-        "criadero": f"{__version__} ({kernels.describe() if hasattr(kernels, 'describe') else 'compiled kernels'})"
-    }
+    git = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "an installed package"
+    found = {"criadero": f"{__version__} ({commit}, {kernels.level()})"}
     peers: Path = arguments.peers
     if "llama.cpp" in arguments.peer:
         said = subprocess.run([peers / "bin/llama-server", "--version"], capture_output=True, text=True)
@@ -339,7 +339,7 @@ def main() -> None:
     sides: list[Side] = []
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        for name in (OURS, *([] if arguments.no_bare else [BARE]), *arguments.peer):
+        for name in (*([] if arguments.no_bare else [BARE]), OURS, *arguments.peer):
             sides.append(start(name, model, arguments))
         measure(sides, Words(model, arguments.prompt), arguments)
     except KeyboardInterrupt:
