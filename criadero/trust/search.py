@@ -260,10 +260,6 @@ class Index:
     def look(self, name: str, values: np.ndarray, where: np.ndarray, step: int, ahead: bool = False) -> np.ndarray:
         """values[where], `step` bytes apart in the file `name`. From a slow disk a page at a time would cost its latency each
         time, so for some looks after a slow one, and where `ahead` is asked for, their pages are asked for first, all together."""
-        if len(where) > LOOKS:
-            return np.concatenate(
-                [self.look(name, values, where[at : at + LOOKS], step, ahead) for at in range(0, len(where), LOOKS)]
-            )
         began = time.perf_counter()
         if ahead or self._cold:
             self._cold = max(0, self._cold - 1)
@@ -274,7 +270,7 @@ class Index:
         if len(where) and time.perf_counter() - began > COLD * len(where) + 1e-4:
             self._cold = AWAKE
         self._looks += len(where)
-        if self._looks > LOOKS:
+        if self._looks > LOOKS >= len(where):  # many sequences at once are held until they are through
             self._looks = 0
             self.trim()
         return out
@@ -344,6 +340,7 @@ class Index:
                 there = np.flatnonzero((side >= 0) & (side < self.sizes[shard]))
                 spots = self.places(side[there], shard[there])
                 np.maximum.at(out, at + row[there], query.common(spots, pairs[there]))
+            self.trim()
         return out
 
     def intervals(
@@ -370,6 +367,7 @@ class Index:
             row, shard = np.nonzero(wanted)
             for upper, out in ((False, lo), (True, hi)):
                 out[at + row, shard] = self._insertion(query, some[row], many[row], shard, upper=upper)
+            self.trim()
         return lo, hi
 
     def counts(
