@@ -32,7 +32,8 @@ def client() -> Any:
 def test_message(client: Any) -> None:
     answer = client.messages.create(
         model=MODEL, messages=HELLO, max_tokens=12, system="Be brief.", stop_sequences=["###"], metadata={"user_id": "ana"},
-        service_tier="auto", extra_body={"temperature": 0.5, "top_p": 0.9, "top_k": 40, "seed": 1},
+        service_tier="auto", extra_body={"temperature": 0.5, "top_p": 0.9, "top_k": 40, "seed": 1, "user_profile_id": "ana",
+                    "workspace_id": "w", "inference_geo": "eu"},
     )  # fmt: skip
     assert answer.content[0].text
     assert answer.usage.output_tokens <= 12

@@ -163,6 +163,19 @@ def test_completions(loose: Any) -> None:
     assert ids.usage.prompt_tokens == 3
 
 
+def test_completions_beyond_openai(client: Any) -> None:
+    more = {"top_k": 40, "min_p": 0.01, "repetition_penalty": 1.1, "min_tokens": 3, "ignore_eos": True}
+    answer = client.completions.create(model=MODEL, prompt="Hola", max_tokens=6, seed=1, extra_body=more)
+    assert answer.usage.completion_tokens == 6
+    for form in (
+        {"regex": "[ab]{3}"},
+        {"grammar": 'start: "yes" | "no"'},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": ["yes", "no"]}}}},
+    ):
+        text = client.completions.create(model=MODEL, prompt="Hola", max_tokens=8, extra_body=form).choices[0].text
+        assert text.strip('"') in ("yes", "no") or set(text) <= {"a", "b"}
+
+
 def test_completions_stream(loose: Any) -> None:
     asked: dict[str, Any] = {"model": MODEL, "prompt": "Hola", "max_tokens": 12, "temperature": 0}
     whole = loose.completions.create(**asked)
@@ -178,6 +191,8 @@ def test_embeddings(loose: Any) -> None:
         assert sum(value * value for value in one.embedding) == pytest.approx(1, abs=1e-4)
     same = loose.embeddings.create(model=MODEL, input="Hola", dimensions=len(plain.data[0].embedding))
     assert len(same.data) == 1
+    last = loose.embeddings.create(model=MODEL, input="Hola", extra_body={"pooling": "last"})
+    assert last.data[0].embedding != same.data[0].embedding
 
 
 def test_responses(client: Any) -> None:
@@ -207,6 +222,22 @@ def test_responses_stream(client: Any) -> None:
     assert "response.output_text.delta" in kinds
     assert kinds[-1] in ("response.completed", "response.incomplete")
     assert final.output_text
+
+
+def test_responses_reported_and_beyond_openai(client: Any) -> None:
+    raw = client.responses.with_raw_response.create(
+        model=MODEL, input="Hola", max_output_tokens=4, reasoning={"effort": "low"}, service_tier="auto", prompt_cache_key="a",
+        safety_identifier="b", extra_body={"stop": ["###"], "ignore_eos": True, "prompt_cache_retention": "24h", "access_programs": []},
+    )  # fmt: skip
+    for name in ("reasoning", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"):
+        assert name in raw.headers["X-Criadero-Ignored"]
+    assert raw.parse().output_text
+    form = {"grammar": 'start: "yes" | "no"'}
+    assert client.responses.create(model=MODEL, input="Hola", extra_body=form).output_text in ("yes", "no")
+    options = {"include_obfuscation": False}
+    assert list(
+        client.responses.create(model=MODEL, input="Hola", max_output_tokens=2, stream=True, stream_options=options)
+    )
 
 
 def test_responses_structured_and_tools(client: Any) -> None:
