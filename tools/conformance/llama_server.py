@@ -21,7 +21,14 @@ TAKEN = {  # flag -> how many values it has
 
 def main() -> None:
     words, given = sys.argv[1:], ["--bare", "--log", os.environ["CRIADERO_LOG"]]
-    given += ["--alias", "gpt-3.5-turbo", "--alias", "gpt-3.5-turbo-instruct"]  # it answers to any name
+    given += [
+        "--alias",
+        "gpt-4.1",
+        "--alias",
+        "gpt-3.5-turbo",
+        "--alias",
+        "gpt-3.5-turbo-instruct",
+    ]  # it answers to any name
     while words:
         flag, *words = words
         if flag in TAKEN:

@@ -64,6 +64,7 @@ LLAMA_OWN = (
     (r"test_server_(models|props|slots)|test_load_split", "wants llama.cpp's own list of models, properties or slots"),
     (r"test_chat_completion(_stream|_cached_tokens|_with_openai_library)?(\[|\n)|test_embedding_usage|test_chat_completions_multiple",
      "compares the build number of llama.cpp, or words and token counts of its own model"),
+    (r"test_responses_(stream_)?with_openai_library", "compares words and the number of events that its own model gives"),
     (r"test_logit_bias", "sends logit_bias in llama.cpp's own forms"),
     (r"test_context_size_exceeded", "wants llama.cpp's type of error; here it is OpenAI's (context_length_exceeded)"),
     (r"test_embedding_mixed_input", "mixes texts and ids, or sends an empty text: refused by design"),
