@@ -198,7 +198,8 @@ def random_folder(shape: str, models: Path) -> Path:
             vocab_size=s["vocab"], hidden_size=s["hidden"], intermediate_size=s["ffn"], num_hidden_layers=s["layers"],
             num_attention_heads=s["heads"], num_key_value_heads=s["kv"], max_position_embeddings=s["context"],
         )  # fmt: skip
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+        model: Any = LlamaForCausalLM(config)  # transformers' own annotations make .to() a method of something else
+        model.to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 

@@ -134,7 +134,7 @@ def test_products(
 def test_rows_do_not_depend_on_the_batch(level: str, kind: str) -> None:
     """To the bit: alone, in a batch of any size, at any place in it, and with any number of threads."""
     native.set_level(level)
-    columns = 416 if kind in ("int8 row", "int8 g16", "int8 g32", "int4 g32", "int4m g32") else 384
+    columns = 672 if kind in ("int8 row", "int8 g16", "int8 g32", "int4 g32", "int4m g32") else 640  # two chunks
     packed = kernels.pack(make(kind, 50, columns, 3), 2)
     x = np.random.default_rng(4).standard_normal((70, columns), dtype=np.float32)
     alone = np.concatenate([packed.apply(x[i : i + 1], 1) for i in range(70)])

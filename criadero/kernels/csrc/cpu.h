@@ -13,6 +13,7 @@ struct Cpu {
     bool avx512_vnni = false;  // AVX-512 F, BW, DQ, VL and VNNI
     bool avx512_bf16 = false;  // vdpbf16ps
     bool neon_dot = false;     // AArch64 with sdot
+    bool amd = false;          // whose caches like other hints than Intel's
 };
 
 const Cpu& cpu();                // asked once

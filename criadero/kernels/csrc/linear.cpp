@@ -310,22 +310,41 @@ Linear pack_ggml(Pool& pool, const std::string& kind, const uint8_t* raw, int ro
 
 namespace {
 
-// f32 and bf16: tile by tile, and within it so few columns at a time that what is written stays in the first cache. `place` says where in
-// the tile column k of row r goes.
-template <class T, class Place>
-Linear pack_dense(Pool& pool, Kind kind, int rows, int columns, const T* from, Place place) {
+// Words of 16 rows, a word of each after the other: to[k * TILE + r] = rows[r][k]. `count` is a multiple of 4.
+void interleave(uint32_t* to, const uint8_t* const* rows, int count) {
+    for (int r = 0; r < TILE; r += 4) {
+        for (int k = 0; k < count; k += 4) {
+            words4 some[4];
+            for (int i = 0; i < 4; ++i) std::memcpy(&some[i], rows[r + i] + 4 * k, 16);
+            for (int i = 0; i < 4; ++i) {
+                const words4 column = {some[0][i], some[1][i], some[2][i], some[3][i]};
+                std::memcpy(to + (k + i) * TILE + r, &column, 16);
+            }
+        }
+    }
+}
+
+// f32 and bf16, in words of one column or two: tile by tile, and within it a slice of columns at a time, so that what is written stays in
+// the first cache.
+Linear pack_dense(Pool& pool, Kind kind, int rows, int columns, const void* from) {
     Linear w = layout(kind, rows, columns, 0);
+    const size_t size = bits_of(kind) / 8, row_bytes = static_cast<size_t>(columns) * size;
     pool.run([&](Worker& me) {
+        uint8_t spare[TILE][SLICE * 4];  // for what is beyond the last row or column
         for (int t = me.first(w.tiles); t < me.last(w.tiles); ++t) {
-            T* tile = reinterpret_cast<T*>(w.buffer.data + static_cast<size_t>(t) * w.tile_bytes);
+            uint8_t* tile = w.buffer.data + static_cast<size_t>(t) * w.tile_bytes;
             for (int slice = 0; slice < w.padded; slice += SLICE) {
                 const int there = least(SLICE, columns - slice);
+                const uint8_t* parts[TILE];
                 for (int r = 0; r < TILE; ++r) {
-                    const int n = t * TILE + r, filled = n < rows ? there : 0;
-                    const T* source = from + static_cast<size_t>(n) * static_cast<size_t>(columns) + static_cast<size_t>(slice);
-                    for (int k = 0; k < filled; ++k) tile[place(slice + k, r)] = source[k];
-                    for (int k = filled; k < SLICE; ++k) tile[place(slice + k, r)] = 0;
+                    const int n = t * TILE + r;
+                    parts[r] = static_cast<const uint8_t*>(from) + static_cast<size_t>(n) * row_bytes + static_cast<size_t>(slice) * size;
+                    if (n < rows && there == SLICE) continue;
+                    std::memset(spare[r], 0, sizeof spare[r]);
+                    if (n < rows) std::memcpy(spare[r], parts[r], static_cast<size_t>(there) * size);
+                    parts[r] = spare[r];
                 }
+                interleave(reinterpret_cast<uint32_t*>(tile + static_cast<size_t>(slice) * TILE * size), parts, SLICE * static_cast<int>(size) / 4);
             }
         }
     });
@@ -334,13 +353,9 @@ Linear pack_dense(Pool& pool, Kind kind, int rows, int columns, const T* from, P
 
 }  // namespace
 
-Linear pack_f32(Pool& pool, int rows, int columns, const float* w) {
-    return pack_dense(pool, Kind::f32, rows, columns, w, [](int k, int r) { return k * TILE + r; });
-}
+Linear pack_f32(Pool& pool, int rows, int columns, const float* w) { return pack_dense(pool, Kind::f32, rows, columns, w); }
 
-Linear pack_bf16(Pool& pool, int rows, int columns, const uint16_t* w) {
-    return pack_dense(pool, Kind::bf16, rows, columns, w, [](int k, int r) { return (k / 2 * TILE + r) * 2 + k % 2; });
-}
+Linear pack_bf16(Pool& pool, int rows, int columns, const uint16_t* w) { return pack_dense(pool, Kind::bf16, rows, columns, w); }
 
 void unpack_row(const Linear& w, int n, float* out) {
     refuse(n < 0 || n >= w.rows, "row " + std::to_string(n) + " of " + std::to_string(w.rows));
@@ -470,8 +485,13 @@ void run_jobs(Worker& worker, const Job* jobs, int count, const Activations& a) 
     int total = 0;
     auto tiles_of = [&](const Weights& w) {
         const int fair = (w.tiles + 4 * worker.count - 1) / (4 * worker.count);
-        return a.blocks() > 1 ? most(1, least(static_cast<int>(PIECE / w.tile_bytes), fair)) : fair;
+        if (a.blocks() == 1) return fair;
+        return round_up(least(most(1, static_cast<int>(PIECE / w.tile_bytes)), fair), 2);
     };
+    const bool together = kernels.many && a.blocks() > 1 && (a.forms & FORM_INT8);
+    static thread_local Buffer room;
+    std::vector<Block> blocks;
+    for (int b = 0; together && b < a.blocks(); ++b) blocks.push_back(a.block(b));
     auto pieces_of = [&](const Weights& w) { return (w.tiles + tiles_of(w) - 1) / tiles_of(w); };
     for (int j = 0; j < count; ++j) total += pieces_of(*jobs[j].w);
     for (int piece = worker.next(); piece < total; piece = worker.next()) {
@@ -479,9 +499,14 @@ void run_jobs(Worker& worker, const Job* jobs, int count, const Activations& a) 
         while (rest >= pieces_of(*jobs[j].w)) rest -= pieces_of(*jobs[j++].w);
         const Job& job = jobs[j];
         const int each = tiles_of(*job.w), first = rest * each, last = least(first + each, job.w->tiles);
+        if (together && (job.w->kind == Kind::int8 || job.w->kind == Kind::int4 || job.w->kind == Kind::int4_mins)) {
+            room.reserve(blocks.size() * BLOCK * static_cast<size_t>(last - first) * TILE * sizeof(float));
+            kernels.many(*job.w, blocks.data(), a.blocks(), first, last, room.as<float>(), job.y, job.stride, job.add);
+            continue;
+        }
         for (int b = 0; b < a.blocks(); ++b) {
             Block block = a.block(b);
-            block.again = a.blocks() > 1;
+            block.keep = a.blocks() > 1 || !cpu().amd;
             kernels.tiles(*job.w, block, first, last, job.y + static_cast<size_t>(b) * BLOCK * job.stride, job.stride, job.add);
         }
     }

@@ -108,7 +108,7 @@ struct Block {
     int width = 0;
     int padded = 0;             // columns, a multiple of SLICE
     unsigned forms = 0;         // those of the pointers below that are there
-    bool again = false;         // the weights are used for further blocks: keep them in cache
+    bool keep = false;          // fetch weights ahead through the caches, not past them
     int8_t* q = nullptr;        // [slices][width][32]
     float* scales = nullptr;    // [spans][width]: x = q * scale
     int32_t* sums = nullptr;    // [slices][width]: -8 x the sum of the 32 numbers
@@ -157,6 +157,9 @@ struct LinearKernels {
     // Tiles [first, last) for all rows of the block, whose first row goes to y.
     void (*tiles)(const Weights& w, const Block& block, int first, int last, float* y, size_t stride, bool add);
     bool bf16;  // bf16 weights take bf16 activations; else f32
+    // The same, to the bit, for all blocks of a long prompt, with quantised weights; nullptr: block by block. `sums` is room for
+    // [count * BLOCK][last - first][TILE] floats, aligned to a cache line.
+    void (*many)(const Weights& w, const Block* blocks, int count, int first, int last, float* sums, float* y, size_t stride, bool add);
 };
 const LinearKernels& linear_portable();
 const LinearKernels& linear_avx2();

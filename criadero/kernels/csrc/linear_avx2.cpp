@@ -3,7 +3,7 @@
 namespace criadero {
 
 const LinearKernels& linear_avx2() {
-    static const LinearKernels table{prepare_row, tiles, false};
+    static const LinearKernels table{prepare_row, tiles, false, nullptr};
     return table;
 }
 

@@ -1,9 +1,9 @@
 // The linear kernels for AVX-512 with VNNI. `vpdpbusd` multiplies unsigned by signed bytes and adds four products to each int32; weights are
 // the unsigned side (int4 as 0..15, int8 plus 128), and the sum of the activations, which `prepare` keeps, takes the offset out again.
 //
-// One kernel serves every number of rows: a tile of 16 outputs is unpacked in registers, 32 columns at a time, and multiplied with the up to
-// 16 rows of a block. For few rows it waits for memory; for many, unpacking costs three instructions for each 2 x 16 products, and what
-// limits it is vpdpbusd itself. A row's result has the same float operations in the same order whatever else is in its block.
+// One kernel serves up to 16 rows (linear_many_avx512.cpp has more): a tile of 16 outputs is unpacked in registers, 32 columns at a time, and
+// multiplied with the rows of a block. For few rows it waits for memory; for many, unpacking costs three instructions for each 2 x 16
+// products, and what limits it is vpdpbusd itself. A row's result has the same float operations in the same order whatever else is there.
 #include "linear.h"
 #include "linear_avx512.h"
 #include "vec.h"
@@ -12,48 +12,14 @@ namespace criadero {
 
 namespace {
 
-#define UNROLL _Pragma("GCC unroll 16")
-
-inline __m512i four(const int8_t* p) {  // 4 bytes in every lane: becomes an embedded broadcast
-    int32_t word;
-    memcpy(&word, p, 4);
-    return _mm512_set1_epi32(word);
-}
-
-inline __m512 half16(const uint8_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-
-// Fetches cache lines 4 KiB ahead, past the caches that the next block of rows does not need them in (NTA), or through them. With a row or
-// two the processor fetches ahead by itself and these would only be in its way (measured on Zen 4: 25 GB/s with them, 30 without, one
-// thread); where much is computed between two loads it does not look far enough (int4, four rows: 21 GB/s with, 18 without).
+// Fetches cache lines 4 KiB ahead, through the caches (KEEP) or past those that nobody needs them in (NTA). Which is faster is the
+// processor's habit, measured with one thread: Intel's (Emerald Rapids) read 8 GB/s past the caches and 17 through them, and gain by asking
+// at any number of rows. On Zen 4, with a row or two, it fetches ahead by itself and these would only be in its way (25 GB/s with them, 30
+// without); where much is computed between two loads it does not look far enough (int4, four rows: 21 GB/s with, 18 without).
 template <bool KEEP, int LINES>
 inline void fetch(const uint8_t* p) {
     UNROLL
     for (int i = 0; i < LINES; ++i) _mm_prefetch((const char*)p + 4096 + 64 * i, KEEP ? _MM_HINT_T0 : _MM_HINT_NTA);
-}
-
-// 32 columns of 16 rows as unsigned bytes, 4 columns a register.
-template <Kind KIND>
-inline void unpack(const uint8_t* p, __m512i* w) {
-    if (KIND == Kind::int8) {
-        UNROLL
-        for (int j = 0; j < 8; ++j) w[j] = _mm512_loadu_si512(p + 64 * j);
-        return;
-    }
-    const __m512i low = _mm512_set1_epi8(15);
-    UNROLL
-    for (int j = 0; j < 4; ++j) {
-        const __m512i both = _mm512_loadu_si512(p + 64 * j);
-        w[2 * j] = _mm512_and_si512(both, low);
-        w[2 * j + 1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
-    }
-}
-
-// The offset's part of a sum: `stored` is -8 x the sum of the activations.
-template <Kind KIND>
-inline __m512i offset(const int32_t* stored) {
-    if (KIND == Kind::int4_mins) return _mm512_setzero_si512();  // the mins take care of it
-    const __m512i eight = _mm512_set1_epi32(*stored);
-    return KIND == Kind::int8 ? _mm512_slli_epi32(eight, 4) : eight;
 }
 
 // c += 4 J products of each lane. One row alone gets two sums: a single chain would wait for itself.
@@ -93,7 +59,7 @@ inline void span_product(const uint8_t* p, size_t bytes, int slices, const Block
         for (int m = 0; m < M; ++m) c[m] = offset<KIND>(b.totals + span * M + m);
     }
     auto slice = [&](int s) __attribute__((always_inline)) {
-        if (M > (KIND == Kind::int8 ? 4 : 2)) fetch<KEEP, LINES>(p + s * quarter);
+        if (KEEP || M > (KIND == Kind::int8 ? 4 : 2)) fetch<KEEP, LINES>(p + s * quarter);
         __m512i w[8];
         unpack<KIND>(p + s * STEP, w);
         if (GROUP == 32) {
@@ -219,16 +185,20 @@ Kernel kernel_of(const Weights& w) {
     }
 }
 
-// Narrow blocks stand alone, except at the end of many rows: then fetching around the caches would hurt.
+template <int M>
+Kernel kernel_of(const Weights& w, const Block& b) {
+    return b.keep ? kernel_of<M, true>(w) : kernel_of<M, false>(w);
+}
+
 Kernel kernel_for(const Weights& w, const Block& b) {
     switch (b.width) {
-        case 1: return kernel_of<1, false>(w);
-        case 2: return kernel_of<2, false>(w);
-        case 4: return kernel_of<4, false>(w);
-        case 6: return kernel_of<6, false>(w);
-        case 8: return kernel_of<8, false>(w);
-        case 12: return kernel_of<12, false>(w);
-        default: return b.again ? kernel_of<16, true>(w) : kernel_of<16, false>(w);
+        case 1: return kernel_of<1>(w, b);
+        case 2: return kernel_of<2>(w, b);
+        case 4: return kernel_of<4>(w, b);
+        case 6: return kernel_of<6>(w, b);
+        case 8: return kernel_of<8>(w, b);
+        case 12: return kernel_of<12>(w, b);
+        default: return kernel_of<16>(w, b);
     }
 }
 
@@ -301,12 +271,12 @@ void prepare_row(const Block& b, int row, int from, int to, int columns, const f
 }  // namespace
 
 const LinearKernels& linear_avx512() {
-    static const LinearKernels table{prepare_row, tiles, false};
+    static const LinearKernels table{prepare_row, tiles, false, avx512_many};
     return table;
 }
 
 const LinearKernels& linear_avx512_bf16() {
-    static const LinearKernels table{prepare_row, tiles_bf16, true};
+    static const LinearKernels table{prepare_row, tiles_bf16, true, avx512_many};
     return table;
 }
 

@@ -30,17 +30,23 @@ void product(const Weights& w, const Block& b, int first, int last, float* y, si
     }
 }
 
+template <int M>
+void product_of(const Weights& w, const Block& b, int first, int last, float* y, size_t stride, bool add) {
+    if (b.keep) product<M, true>(w, b, first, last, y, stride, add);
+    else product<M, false>(w, b, first, last, y, stride, add);
+}
+
 }  // namespace
 
 void avx512_bf16_tiles(const Weights& w, const Block& b, int first, int last, float* y, size_t stride, bool add) {
     switch (b.width) {
-        case 1: return product<1, false>(w, b, first, last, y, stride, add);
-        case 2: return product<2, false>(w, b, first, last, y, stride, add);
-        case 4: return product<4, false>(w, b, first, last, y, stride, add);
-        case 6: return product<6, false>(w, b, first, last, y, stride, add);
-        case 8: return product<8, false>(w, b, first, last, y, stride, add);
-        case 12: return product<12, false>(w, b, first, last, y, stride, add);
-        default: return b.again ? product<16, true>(w, b, first, last, y, stride, add) : product<16, false>(w, b, first, last, y, stride, add);
+        case 1: return product_of<1>(w, b, first, last, y, stride, add);
+        case 2: return product_of<2>(w, b, first, last, y, stride, add);
+        case 4: return product_of<4>(w, b, first, last, y, stride, add);
+        case 6: return product_of<6>(w, b, first, last, y, stride, add);
+        case 8: return product_of<8>(w, b, first, last, y, stride, add);
+        case 12: return product_of<12>(w, b, first, last, y, stride, add);
+        default: return product_of<16>(w, b, first, last, y, stride, add);
     }
 }
 

@@ -9,7 +9,7 @@
 namespace criadero {
 
 const LinearKernels& linear_avx_vnni() {
-    static const LinearKernels table{prepare_row, tiles, false};
+    static const LinearKernels table{prepare_row, tiles, false, nullptr};
     return table;
 }
 

@@ -214,7 +214,7 @@ void tiles(const Weights& w, const Block& b, int first, int last, float* y, size
 
 const LinearKernels& linear_neon() {
     // Preparing is a small part, and the compiler makes vectors of the plain code here.
-    static const LinearKernels table{linear_portable().prepare, tiles, false};
+    static const LinearKernels table{linear_portable().prepare, tiles, false, nullptr};
     return table;
 }
 

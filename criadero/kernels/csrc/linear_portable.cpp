@@ -152,7 +152,7 @@ void tiles(const Weights& w, const Block& b, int first, int last, float* y, size
 }  // namespace
 
 const LinearKernels& linear_portable() {
-    static const LinearKernels table{prepare_row, tiles, false};
+    static const LinearKernels table{prepare_row, tiles, false, nullptr};
     return table;
 }
 

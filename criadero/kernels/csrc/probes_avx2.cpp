@@ -2,17 +2,20 @@
 
 #include <immintrin.h>
 
+#include "cpu.h"
+
 namespace criadero {
 
 namespace {
 
+template <_mm_hint HINT>
 uint64_t read(const uint8_t* p, size_t bytes) {
     __m256i sums[8];
     for (auto& sum : sums) sum = _mm256_setzero_si256();
     for (const uint8_t* end = p + bytes; p < end; p += 256) {
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
-            if (i % 2 == 0) _mm_prefetch((const char*)p + 4096 + 32 * i, _MM_HINT_NTA);
+            if (i % 2 == 0) _mm_prefetch((const char*)p + 4096 + 32 * i, HINT);
             sums[i] = _mm256_xor_si256(sums[i], _mm256_loadu_si256((const __m256i*)(p + 32 * i)));
         }
     }
@@ -56,6 +59,6 @@ double f32(int rounds) {
 
 }  // namespace
 
-Probes probes_avx2() { return {read, int8, nullptr, f32}; }
+Probes probes_avx2() { return {cpu().amd ? read<_MM_HINT_NTA> : read<_MM_HINT_T0>, int8, nullptr, f32}; }
 
 }  // namespace criadero

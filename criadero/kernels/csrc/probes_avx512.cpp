@@ -2,10 +2,13 @@
 
 #include <immintrin.h>
 
+#include "cpu.h"
+
 namespace criadero {
 
 namespace {
 
+template <_mm_hint HINT>
 uint64_t read(const uint8_t* p, size_t bytes) {
     __m512i sums[4];
     for (auto& sum : sums) sum = _mm512_setzero_si512();
@@ -13,7 +16,7 @@ uint64_t read(const uint8_t* p, size_t bytes) {
     for (const uint8_t* end = p + bytes; p < end; p += 256) {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
-            _mm_prefetch((const char*)p + 4096 + 64 * i, _MM_HINT_NTA);
+            _mm_prefetch((const char*)p + 4096 + 64 * i, HINT);
             sums[i] = _mm512_xor_si512(sums[i], _mm512_loadu_si512(p + 64 * i));
         }
     }
@@ -55,6 +58,7 @@ double f32(int rounds) {
 
 }  // namespace
 
-Probes probes_avx512() { return {read, int8, nullptr, f32}; }
+// Fetching past the caches halves what Intel's processors read (17 GB/s of one Emerald Rapids core, 8 so); AMD's it helps.
+Probes probes_avx512() { return {cpu().amd ? read<_MM_HINT_NTA> : read<_MM_HINT_T0>, int8, nullptr, f32}; }
 
 }  // namespace criadero

@@ -278,7 +278,7 @@ void compute_whole(Pool& pool, const std::vector<Product>& products, const Reade
             for (int m = piece.from; m < piece.to; m += BLOCK) {
                 for (size_t j = 0; j < weights.size(); ++j) {
                     Block block = activations[static_cast<size_t>(reads[j])].block(m / BLOCK);
-                    block.again = true;
+                    block.keep = true;
                     const Weights& w = weights[j];
                     if (kernels.whole(w.data, w.tile_bytes, w.tiles, block, y, static_cast<size_t>(width), j > 0)) continue;
                     tiles(w, block, 0, w.tiles, y, static_cast<size_t>(width), j > 0);
