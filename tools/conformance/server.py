@@ -14,7 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from criadero.serve.app import make_app, make_pool
+import httpx
+
+from criadero.serve.app import LOCAL, make_app, make_pool
 from criadero.serve.keys import hash_key
 from criadero.serve.server import Server, listen
 from criadero.serve.settings import Limits, Settings
@@ -32,11 +34,14 @@ class Tap:
     """Writes down each request with a JSON body: its address, its parameters, the status, and of a refusal code and parameter.
 
     With ``drop`` a request that is refused for one of its parameters is asked again without it, and what was left out is written down:
-    so a suite that sends all parameters at once tells of those that are honoured too. With ``bare`` addresses need no /v1 in front.
+    so a suite that sends all parameters at once tells of those that are honoured too. With ``bare`` addresses need
+    no /v1 in front.
     """
 
-    def __init__(self, app: Any, log: Path, drop: bool, bare: bool) -> None:
-        self.app, self.log, self.drop, self.bare = app, log, drop, bare
+    def __init__(self, app: Any, chosen: argparse.Namespace, store: Store | None) -> None:
+        self.app, self.log, self.drop, self.bare = app, chosen.log, chosen.drop_refused, chosen.bare
+        self.store, self.made_up = store, chosen.made_up
+        self._row: Any = None
         self._lock = threading.Lock()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -46,6 +51,8 @@ class Tap:
         began = time.time()
         if self.bare and scope["path"].startswith(BARE):
             scope = {**scope, "path": "/v1" + scope["path"], "raw_path": b"/v1" + scope["raw_path"]}
+        if self.made_up and scope["path"].startswith("/v1/responses"):
+            await self._make_up()
         body, parts = b"", []
         while scope["method"] == "POST":
             message = await receive()
@@ -89,6 +96,19 @@ class Tap:
         with self._lock, self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
+    async def _make_up(self) -> None:
+        """See that the responses are there that a suite asks for, as its mock server has any: each is a real one under another id."""
+        assert self.store is not None
+        if self._row is None:
+            where = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://127.0.0.1")
+            async with where as client:
+                made = await client.post("/v1/responses", json={"input": "Hola", "max_output_tokens": 4})
+            self._row = self.store.response(LOCAL.owner, made.json()["id"])
+        for id in self.made_up:
+            if self.store.response(LOCAL.owner, id) is None:
+                body = {**self._row["body"], "id": id}
+                self.store.add_response(LOCAL.owner, id=id, previous=None, input=self._row["input"], body=body)
+
     async def _answer(self, scope: Any, receive: Any, send: Any) -> tuple[int, list[Any] | None]:
         """The status, and if it is 400 or more the answer's messages, not sent yet; None when they were sent on as they came."""
         held: list[Any] = []
@@ -130,6 +150,9 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--database", help="an SQLite file: responses are kept")
+    parser.add_argument(
+        "--made-up", action="append", default=[], help="an id of a response that is there whenever it is asked for"
+    )
     parser.add_argument("--key", help="required of every request")
     parser.add_argument("--requests-per-minute", type=int)
     parser.add_argument("--sequences", type=int, default=8)
@@ -148,7 +171,7 @@ def main() -> None:
     app = make_app(settings, store=store, pool=pool)
     url = "http://{}:{}".format(*made.getsockname()[:2])
     server = Server(app, on_start=lambda: print(url, flush=True))
-    server.config.app = Tap(app, chosen.log, chosen.drop_refused, chosen.bare)
+    server.config.app = Tap(app, chosen, store)
     server.run(sockets=[made])
 
 
