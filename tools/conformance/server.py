@@ -25,7 +25,8 @@ from criadero.serve.store import Store, open_store
 # what is left of a request without one of these is another request
 NEEDED = {
     "/v1/chat/completions": {"model", "messages"}, "/v1/completions": {"model", "prompt"}, "/v1/embeddings": {"model", "input"},
-    "/v1/responses": {"model", "input"}, "/v1/messages": {"model", "messages", "max_tokens"},
+    "/v1/responses": {"model", "input"}, "/v1/responses/input_tokens": {"model", "input"},
+    "/v1/messages": {"model", "messages", "max_tokens"},
 }  # fmt: skip
 BARE = ("/chat/completions", "/embeddings", "/models", "/responses", "/messages")
 
