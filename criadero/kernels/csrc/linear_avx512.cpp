@@ -22,27 +22,39 @@ inline void fetch(const uint8_t* p) {
     for (int i = 0; i < LINES; ++i) _mm_prefetch((const char*)p + 4096 + 64 * i, KEEP ? _MM_HINT_T0 : _MM_HINT_NTA);
 }
 
-// c += 4 J products of each lane. One row alone gets two sums: a single chain would wait for itself.
-template <int J, int M>
-inline __m512i dots(__m512i c, const __m512i* w, const int8_t* q) {
-    if (M <= 2) {
-        __m512i d = _mm512_setzero_si512();
+// c[m] += 4 J products of each lane, for R rows. One row or two get two sums each: a single chain would wait for itself. The rows' chains
+// go side by side, for a chain after the other fills Intel's scheduler with what has to wait (16 rows, one core of Emerald Rapids:
+// 345 GOP/s so, 425 side by side).
+template <int J, int R>
+inline void dots(__m512i* c, const __m512i* w, const int8_t* q) {
+    if (R <= 2) {
+        __m512i d[R];
+        UNROLL
+        for (int m = 0; m < R; ++m) d[m] = _mm512_setzero_si512();
         UNROLL
         for (int j = 0; j < J; j += 2) {
-            c = _mm512_dpbusd_epi32(c, w[j], four(q + 4 * j));
-            d = _mm512_dpbusd_epi32(d, w[j + 1], four(q + 4 * j + 4));
+            UNROLL
+            for (int m = 0; m < R; ++m) {
+                c[m] = _mm512_dpbusd_epi32(c[m], w[j], four(q + m * SLICE + 4 * j));
+                d[m] = _mm512_dpbusd_epi32(d[m], w[j + 1], four(q + m * SLICE + 4 * j + 4));
+            }
         }
-        return _mm512_add_epi32(c, d);
+        UNROLL
+        for (int m = 0; m < R; ++m) c[m] = _mm512_add_epi32(c[m], d[m]);
+        return;
     }
     UNROLL
-    for (int j = 0; j < J; ++j) c = _mm512_dpbusd_epi32(c, w[j], four(q + 4 * j));
-    return c;
+    for (int j = 0; j < J; ++j) {
+        UNROLL
+        for (int m = 0; m < R; ++m) c[m] = _mm512_dpbusd_epi32(c[m], w[j], four(q + m * SLICE + 4 * j));
+    }
 }
 
 // One span of `slices` x 32 columns: sums[m] += (what the span gives) x (the scale of the span's activations).
 template <Kind KIND, int GROUP, int M, bool KEEP, bool WHOLE>
 inline void span_product(const uint8_t* p, size_t bytes, int slices, const Block& b, int span, __m512* sums) {
     if (WHOLE) slices = SPAN / SLICE;
+    constexpr int R = M > 8 ? M / 2 : M;  // rows side by side
     constexpr int STEP = KIND == Kind::int8 ? 512 : 256;              // bytes of a slice
     constexpr int LINES = KIND == Kind::int8 ? (GROUP == 0 ? 8 : 9) : 5;  // that a quarter of a span touches
     const int8_t* q = b.q + (size_t)span * (SPAN / SLICE) * M * SLICE;
@@ -67,24 +79,39 @@ inline void span_product(const uint8_t* p, size_t bytes, int slices, const Block
             const __m512 scale = half16(scales + s * 32);
             const __m512 minimum = KIND == Kind::int4_mins ? _mm512_mul_ps(half16(mins + s * 32), _mm512_set1_ps(0.125f)) : scale;
             UNROLL
-            for (int m = 0; m < M; ++m) {
-                const __m512i whole = dots<8, M>(offset<KIND>(eights + m), w, q + m * SLICE);
-                f[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), scale, f[m]);
-                if (KIND == Kind::int4_mins) f[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_set1_epi32(eights[m])), minimum, f[m]);
+            for (int from = 0; from < M; from += R) {
+                __m512i whole[R];
+                UNROLL
+                for (int m = 0; m < R; ++m) whole[m] = offset<KIND>(eights + from + m);
+                dots<8, R>(whole, w, q + from * SLICE);
+                UNROLL
+                for (int i = 0; i < R; ++i) {
+                    const int m = from + i;
+                    f[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole[i]), scale, f[m]);
+                    if (KIND == Kind::int4_mins) f[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_set1_epi32(eights[m])), minimum, f[m]);
+                }
             }
         } else if (GROUP == 16) {
             const int32_t* eights = b.fine + ((size_t)span * (SPAN / SLICE) + s) * 2 * M;
             const __m512 left = half16(scales + s * 64), right = half16(scales + s * 64 + 32);
             UNROLL
-            for (int m = 0; m < M; ++m) {
-                const __m512i first = dots<4, M>(offset<KIND>(eights + m), w, q + m * SLICE);
-                const __m512i second = dots<4, M>(offset<KIND>(eights + M + m), w + 4, q + m * SLICE + 16);
-                f[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(first), left, f[m]);
-                f[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(second), right, f[m]);
+            for (int from = 0; from < M; from += R) {
+                __m512i first[R], second[R];
+                UNROLL
+                for (int m = 0; m < R; ++m) first[m] = offset<KIND>(eights + from + m);
+                dots<4, R>(first, w, q + from * SLICE);
+                UNROLL
+                for (int m = 0; m < R; ++m) second[m] = offset<KIND>(eights + M + from + m);
+                dots<4, R>(second, w + 4, q + from * SLICE + 16);
+                UNROLL
+                for (int m = 0; m < R; ++m) {
+                    f[from + m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(first[m]), left, f[from + m]);
+                    f[from + m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(second[m]), right, f[from + m]);
+                }
             }
         } else {
             UNROLL
-            for (int m = 0; m < M; ++m) c[m] = dots<8, M>(c[m], w, q + m * SLICE);
+            for (int from = 0; from < M; from += R) dots<8, R>(c + from, w, q + from * SLICE);
         }
         q += M * SLICE;
     };
