@@ -1,6 +1,7 @@
-# What is made: .venv (demo), the tests' tools in it (test), .compat (an older transformers, for one test), .peers (llama.cpp, for bench).
+# What is made: .venv (demo), the tests' tools in it (test), .compat (an older transformers, for one test), .peers (llama.cpp, for bench),
+# .conformance (outside suites).
 # `make` alone lists the targets. PYTHON=/path/to/python chooses the interpreter for .venv.
-.PHONY: help demo test test-all lint docs bench compat constraints cria page page-check clean
+.PHONY: help demo test test-all lint docs bench compat conformance constraints cria page page-check clean
 
 help:
 	@echo "make demo     install into .venv, then customise the bundled model and talk to it"
@@ -9,9 +10,10 @@ help:
 	@echo "make docs     write docs/reference from the code, and run the examples in the documents"
 	@echo "make bench    the demo's steps, a training step beside transformers, the engine beside llama.cpp (built into .peers)"
 	@echo "make compat   check what is written against an older transformers"
+	@echo "make conformance  run the suites of others against the server (installed into .conformance; some need Node.js)"
 	@echo "make cria     raise the bundled models again from their sources (hours; goes on where it was cut off)"
 	@echo "make page     build the chat page from web/ into criadero/serve/static (needs npm; page-check: only compare)"
-	@echo "make clean    remove .venv, .peers, .compat and caches (never a model)"
+	@echo "make clean    remove .venv, .peers, .compat, .conformance and caches (never a model)"
 
 demo: .venv/installed
 	@.venv/bin/criadero demo
@@ -39,6 +41,10 @@ bench: .venv/installed-dev .peers/installed
 compat: .venv/installed-dev .compat/installed
 	@.venv/bin/python -m pytest tests/test_checkpoints_hf.py
 
+conformance: .venv/installed-dev
+	@.venv/bin/python tools/conformance/run.py --suite all
+	@.venv/bin/python docs/generate.py
+
 constraints: .venv/installed-dev
 	@.venv/bin/python tools/constraints.py
 
@@ -58,7 +64,7 @@ page-check:
 	@web/check.sh
 
 clean:
-	@rm -rf .venv .peers .compat .compat.partial build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf .venv .peers .compat .compat.partial .conformance build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/installed: pyproject.toml constraints.txt tools/venv.sh $(wildcard criadero/kernels/csrc/*)
