@@ -10,7 +10,7 @@ help:
 	@echo "make docs     write docs/reference from the code, and run the examples in the documents"
 	@echo "make bench    the demo's steps, a training step beside transformers, the engine beside llama.cpp (built into .peers)"
 	@echo "make compat   check what is written against an older transformers"
-	@echo "make conformance  run the suites of others against the server (installed into .conformance; some need Node.js)"
+	@echo "make conformance   run the suites of others against the server (installed into .conformance; one needs Node.js)"
 	@echo "make cria     raise the bundled models again from their sources (hours; goes on where it was cut off)"
 	@echo "make page     build the chat page from web/ into criadero/serve/static (needs npm; page-check: only compare)"
 	@echo "make clean    remove .venv, .peers, .compat, .conformance and caches (never a model)"

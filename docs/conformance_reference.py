@@ -34,8 +34,8 @@ def page(table: Table) -> str:
         "`python tools/conformance/run.py --suite all` runs them: each in an environment of its own, with pinned versions, against a "
         "server with the bundled cria-chat. *Not applicable* is what asks for something that this server refuses by design, what was "
         "written for a mock server, or what only a larger model can answer; the reasons are below. Which suite proved which parameter: "
-        "[the API](api.md). Two suites want something beside: `--source schemathesis-openai=FOLDER` a checkout of openai/openai-openapi, and "
-        "`--source lm-eval=FOLDER` a folder with openbook_qa.jsonl (a question's query, choices and gold in a line).", "",
+        "[the API](api.md). Two suites want something beside: `--source schemathesis-openai=FOLDER` a checkout of openai/openai-openapi, "
+        "and `--source lm-eval=FOLDER` a folder with openbook_qa.jsonl (a question's query, choices and gold in a line).", "",
     ]  # fmt: skip
     rows = []
     for suite, one in results().items():
