@@ -26,7 +26,7 @@ namespace {
 Cpu detect() {
     Cpu has;
 #if defined(__x86_64__)
-    unsigned a, b, c, d;
+    unsigned a = 0, b = 0, c = 0, d = 0;
     has.amd = __get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx;
     auto bit = [](unsigned word, int n) { return ((word >> n) & 1) != 0; };
     if (!__get_cpuid(1, &a, &b, &c, &d) || !bit(c, 27)) return has;  // 27: the system saves the wide registers
