@@ -117,7 +117,7 @@ def _requantise(recipe: MergeRecipe, out: Path, overwrite: bool) -> Artifact:
     stands in the passport.
     """
     from criadero.checkpoints import ADAPTER, adapter_base, holds_quantised, load_config, load_frozen, write_quantised
-    from criadero.checkpoints import _check_base as check_its_base
+    from criadero.checkpoints import check_base as check_its_base
     from criadero.checkpoints.packed import as_tensor, power_of_two, read_quantised
     from criadero.checkpoints.safetensors_hf import read_json
     from criadero.quantization.rounding import round_matrix

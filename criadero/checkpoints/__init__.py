@@ -77,14 +77,14 @@ def load_model(
     An adapter is merged into its base. ``dtype`` default: as stored (float32 for what was quantised). In evaluation mode.
     With ``require_passport`` every file of it (and of an adapter's base) has to be as its passport says: UserError otherwise.
     """
-    path = _place(ref)
+    path = find_place(ref)
     if require_passport:
         require(path)
     if path.is_dir() and (path / ADAPTER).is_file():
         from criadero.lora import load_adapter, merge
 
         base = adapter_base(path)
-        _check_base(path, base)
+        check_base(path, base)
         model = load_model(base, dtype=dtype, device=device, require_passport=require_passport)
         load_adapter(model, path)
         model.config = _with_ends(model.config, path)
@@ -95,7 +95,7 @@ def load_model(
 
 def holds_quantised(ref: Ref) -> bool:
     """Whether the weights that ``ref`` means lie there in 4 or 8 bits; an adapter's do when its base's do."""
-    path = _place(ref)
+    path = find_place(ref)
     if path.is_dir() and (path / ADAPTER).is_file():
         return holds_quantised(adapter_base(path))
     return is_quantised(path) if path.is_dir() else is_quantised_gguf(path)
@@ -109,7 +109,7 @@ def load_frozen(ref: Ref, *, dtype: torch.dtype, device: str | torch.device = "c
     from criadero.model import Llama
     from criadero.quant_linear import QuantLinear
 
-    path = _place(ref)
+    path = find_place(ref)
     if not holds_quantised(path) or (path.is_dir() and (path / ADAPTER).is_file()):
         raise UserError(f"{path} is not a quantised model: make one with criadero quantize")
     config, state = read_quantised(path) if path.is_dir() else read_gguf_quantised(path)[:2]
@@ -129,7 +129,7 @@ def load_frozen(ref: Ref, *, dtype: torch.dtype, device: str | torch.device = "c
 
 def load_config(ref: Ref) -> ModelConfig:
     """The configuration of what `load_model` would load; weights are read only where it cannot be known without them."""
-    path = _place(ref)
+    path = find_place(ref)
     if path.is_dir() and (path / ADAPTER).is_file():
         config = _with_ends(load_config(adapter_base(path)), path)
         ids = [i for rows in read_adapter_config(path)["trainable_token_indices"].values() for i in rows]
@@ -143,7 +143,7 @@ def load_config(ref: Ref) -> ModelConfig:
 
 def tokenizer_of(ref: Ref) -> Tokenizer:
     """The tokenizer that travels with a model: of a folder, in a ``.gguf`` file, or an adapter's base's."""
-    path = _place(ref)
+    path = find_place(ref)
     if path.is_file():
         found = read_gguf_tokenizer(_gguf(path))
         if found is None:
@@ -157,7 +157,7 @@ def tokenizer_of(ref: Ref) -> Tokenizer:
 
 def template_of(ref: Ref) -> Template:
     """The chat template that travels with a model: of a folder, in a ``.gguf`` file, or an adapter's base's."""
-    path = _place(ref)
+    path = find_place(ref)
     if path.is_file():
         source = read_gguf_template(_gguf(path))
         if source is None:
@@ -171,7 +171,7 @@ def template_of(ref: Ref) -> Template:
     return load_template(path)
 
 
-def _place(ref: Ref) -> Path:
+def find_place(ref: Ref) -> Path:
     """The folder or file of a model; of a folder that holds nothing but one GGUF file (as `export` makes), that file."""
     path = resolve(ref)
     if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "params.json", ADAPTER)):
@@ -191,7 +191,7 @@ def _with_ends(config: ModelConfig, adapter: Path) -> ModelConfig:
     return dataclasses.replace(config, eos_token_id=tuple(eos) if isinstance(eos, list) else eos)
 
 
-def _check_base(folder: Path, base: Path) -> None:
+def check_base(folder: Path, base: Path) -> None:
     """A sealed adapter belongs to the one base that its passport names: another of the same shape would give nonsense."""
     passport = read_passport(folder)
     there = read_passport(base) if base.is_dir() else None

@@ -75,7 +75,7 @@ def hf_name(name: str) -> str:
     return name
 
 
-def _reorder(name: str, config: ModelConfig, order: Callable[[Rows, int], Rows], weight: Rows) -> Rows:
+def reorder(name: str, config: ModelConfig, order: Callable[[Rows, int], Rows], weight: Rows) -> Rows:
     if name.endswith("q_proj.weight"):
         return order(weight, config.num_attention_heads)
     if name.endswith("k_proj.weight"):
@@ -90,7 +90,7 @@ def _reorder_rows(
     if not name.endswith(("q_proj.weight", "k_proj.weight")):
         return weight
     numbers = np.arange(weight.shape[0])[:, None]  # [N, 1]
-    return weight.rows(_reorder(name, config, order, numbers)[:, 0])
+    return weight.rows(reorder(name, config, order, numbers)[:, 0])
 
 
 # --- reading ---
@@ -116,7 +116,7 @@ def read_gguf(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor], Tokeniz
         weight = read_tensor(header, stored)
         if not torch.isfinite(weight).all():
             raise UserError(f"{path}: tensor {stored!r} holds values that are not finite; get the file again")
-        state[name] = _reorder(name, config, to_rotate_half, weight)
+        state[name] = reorder(name, config, to_rotate_half, weight)
     return config, state, tokenizer
 
 
@@ -149,7 +149,7 @@ def _quantised_weight(header: Header, name: str, stored: str, config: ModelConfi
     else:
         plain = read_array(header, stored)
         sound = finite(plain)
-        weight = np.ascontiguousarray(_reorder(name, config, to_rotate_half, plain))
+        weight = np.ascontiguousarray(reorder(name, config, to_rotate_half, plain))
     if not sound:
         raise UserError(f"{header.path}: tensor {stored!r} holds values that are not finite; get the file again")
     return weight
@@ -338,7 +338,7 @@ def write_gguf(
         weight = state[key]
         if isinstance(weight, QuantTensor):
             return blocks(_reorder_rows(key, config, to_interleaved, weight), kinds[key])
-        return pack(_reorder(key, config, to_interleaved, weight), kinds[key], key)
+        return pack(reorder(key, config, to_interleaved, weight), kinds[key], key)
 
     write_file(path, metadata, table, data)
 

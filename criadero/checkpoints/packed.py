@@ -77,7 +77,7 @@ def read_quantised(folder: str | Path) -> tuple[ModelConfig, dict[str, Weight]]:
     schemes = _schemes(values.get("quantization_config"), folder / "config.json")
     arrays: dict[str, np.ndarray] = {}
     for path in weight_files(folder):
-        for name, array in _map_file(path).items():
+        for name, array in map_file(path).items():
             if name in arrays:
                 raise UserError(f"{path}: tensor {name} is also in another file of this model")
             arrays[name] = array
@@ -123,7 +123,7 @@ def as_tensor(array: np.ndarray) -> Tensor:
     return copy.view(torch.bfloat16) if array.dtype == np.uint16 else copy
 
 
-def _map_file(path: Path) -> dict[str, np.ndarray]:
+def map_file(path: Path) -> dict[str, np.ndarray]:
     """Every tensor of a safetensors file as a read-only array over the mapped file."""
     header = read_safetensors_header(path)  # checks that all of it lies inside the file
     with path.open("rb") as file:

@@ -127,11 +127,11 @@ _STOP_WORDS = {
     "ca": """de la i que a el en les els un per amb una és no del al es com més va ha són pel aquest aquesta també molt però seva seu
         hi ho dels les perquè quan entre fins ser era on tot jo nosaltres""",
 }
-_VOTES: dict[str, list[tuple[str, float]]] = {}
+VOTES: dict[str, list[tuple[str, float]]] = {}
 for _lang, _words in _STOP_WORDS.items():
     for _word in set(_words.split()):
-        _VOTES.setdefault(_word, []).append((_lang, 0.0))
-_VOTES = {word: [(lang, 1 / len(langs)) for lang, _ in langs] for word, langs in _VOTES.items()}
+        VOTES.setdefault(_word, []).append((_lang, 0.0))
+VOTES = {word: [(lang, 1 / len(langs)) for lang, _ in langs] for word, langs in VOTES.items()}
 _LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]")
 
 
@@ -149,7 +149,7 @@ def identify(text: str, *, languages: Sequence[str] = ("en", "es")) -> tuple[str
     words = WORD.findall(text.lower().replace("’", "'"))
     votes: Counter[str] = Counter()
     for word, n in Counter(words).items():
-        for lang, vote in _VOTES.get(word, ()):
+        for lang, vote in VOTES.get(word, ()):
             votes[lang] += vote * n  # type: ignore[assignment]
     # Only Spanish writes these; they decide short questions.
     votes["es"] += 2 * (text.count("¿") + text.count("¡")) + text.count("ñ")
@@ -247,7 +247,7 @@ def quality_reason(text: str, q: Quality) -> str | None:
     if sum(any(map(str.isalpha, w)) for w in words) / n < q.min_alphabetic:
         return "alphabetic"
     lower = [w.strip(".,;:!?¿¡\"'()—-…").lower() for w in words]
-    if q.min_stop_words and len({w for w in lower if w in _VOTES}) < q.min_stop_words:
+    if q.min_stop_words and len({w for w in lower if w in VOTES}) < q.min_stop_words:
         return "stop_words"
     if sum(text.count(c) for c in "{}<>=_|") > q.max_code * len(text):
         return "code"

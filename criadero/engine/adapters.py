@@ -106,7 +106,7 @@ def read_adapter(folder: str | Path, runner: Runner, base: Path | None) -> tuple
     import torch
 
     from criadero.artifact import resolve
-    from criadero.checkpoints import ADAPTER, _check_base
+    from criadero.checkpoints import ADAPTER, check_base
     from criadero.checkpoints.adapter_file import beside_a_base
     from criadero.lora import adapters, load_adapter
     from criadero.model import Llama
@@ -115,7 +115,7 @@ def read_adapter(folder: str | Path, runner: Runner, base: Path | None) -> tuple
     if not (path / ADAPTER).is_file():
         raise UserError(f"{path}: not an adapter: it has no {ADAPTER}")
     if base is not None:
-        _check_base(path, base)
+        check_base(path, base)
     if more := beside_a_base(path):
         raise UserError(
             f"{path}: this adapter {more}, which cannot be done beside the base one request at a time: fold it in with "

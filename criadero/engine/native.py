@@ -359,10 +359,10 @@ def _forget(weight: Weight) -> None:
 
 def open_weights(path: Path, threads: int = 1) -> tuple[ModelConfig, Load]:
     """Configuration, and a function from Hugging Face's name of a tensor to its weights, which are read when it is called."""
-    from criadero.checkpoints import _place, packed
+    from criadero.checkpoints import find_place, packed
     from criadero.checkpoints.meta import is_meta_folder, read_meta
 
-    path = _place(path)
+    path = find_place(path)
     if path.is_file():
         return _open_gguf(path, threads)
     if is_meta_folder(path):
@@ -379,7 +379,7 @@ def _open_gguf(path: Path, threads: int) -> tuple[ModelConfig, Load]:
     """The tensors of a GGUF file; see `criadero.checkpoints.ggml_quantised` for its formats."""
     from criadero.checkpoints.ggml import finite, unpack_array
     from criadero.checkpoints.ggml_quantised import KEPT
-    from criadero.checkpoints.gguf import _reorder, gguf_name, hf_name, read_gguf_config
+    from criadero.checkpoints.gguf import gguf_name, hf_name, read_gguf_config, reorder
     from criadero.checkpoints.gguf_file import read_header
     from criadero.checkpoints.layout import to_rotate_half
 
@@ -398,7 +398,7 @@ def _open_gguf(path: Path, threads: int) -> tuple[ModelConfig, Load]:
             plain = unpack_array(whole[info.offset : info.offset + info.size], info.kind, info.shape)
             if not finite(plain):
                 raise UserError(f"{path}: tensor {info.name!r} holds values that are not finite; get the file again")
-            weight = np.ascontiguousarray(_reorder(name, config, to_rotate_half, plain))
+            weight = np.ascontiguousarray(reorder(name, config, to_rotate_half, plain))
             if name == EMBEDDING or not np.may_share_memory(weight, plain):
                 _forget(plain)  # of a table only used rows are read again, of what was copied nothing
             return weight
@@ -412,13 +412,13 @@ def _open_gguf(path: Path, threads: int) -> tuple[ModelConfig, Load]:
 
 def map_folder(folder: Path, config: ModelConfig) -> dict[str, Weight]:
     """The tensors of a Hugging Face folder as arrays over the mapped files, checked against the configuration."""
-    from criadero.checkpoints.packed import _map_file
+    from criadero.checkpoints.packed import map_file
     from criadero.checkpoints.safetensors_hf import weight_files
     from criadero.checkpoints.states import check_tie
 
     state: dict[str, Weight] = {}
     for path in weight_files(folder):
-        for name, array in _map_file(path).items():
+        for name, array in map_file(path).items():
             if name.endswith(".rotary_emb.inv_freq"):  # files of 2023 store them; they follow from the configuration
                 continue
             if name in state:

@@ -18,7 +18,7 @@ from criadero.data.filters import Tally, identify
 from criadero.errors import UserError
 from criadero.synth.dataset import Chat, chat_source, removed_line, write_chats
 from criadero.synth.self_instruct import check_held_out
-from criadero.synth.teacher import Ask, TeacherFields, _help, _say, open_teacher
+from criadero.synth.teacher import Ask, TeacherFields, described, open_teacher, say
 from criadero.synth.terms import check_terms
 
 if TYPE_CHECKING:
@@ -31,14 +31,14 @@ SOURCE = "answers"
 class AnswersRecipe(TeacherFields):
     """Whose questions, and how the teacher is to answer."""
 
-    data: str = _help("chats whose questions are asked: a file in any shape, or a dataset artifact")
-    limit: int = _help("take only so many chats (0: all)", 0)
-    answer_tokens: int = _help("longest answer, in tokens", 512)
-    temperature: float = _help("of the teacher; 0 takes the likeliest word always", 0.7)
-    data_licence: str = _help("licence of the questions", "unknown")
-    held_out: float = _help("share of the chats held out", 0.1)
-    licence: str = _help("licence you give the dataset", "")
-    seed: int = _help("of the draws", 0)
+    data: str = described("chats whose questions are asked: a file in any shape, or a dataset artifact")
+    limit: int = described("take only so many chats (0: all)", 0)
+    answer_tokens: int = described("longest answer, in tokens", 512)
+    temperature: float = described("of the teacher; 0 takes the likeliest word always", 0.7)
+    data_licence: str = described("licence of the questions", "unknown")
+    held_out: float = described("share of the chats held out", 0.1)
+    licence: str = described("licence you give the dataset", "")
+    seed: int = described("of the draws", 0)
 
 
 def answers(recipe: AnswersRecipe, out: str | Path, *, overwrite: bool = False, resume: bool = True) -> Artifact:
@@ -90,7 +90,7 @@ def answers(recipe: AnswersRecipe, out: str | Path, *, overwrite: bool = False, 
                 said[n].append({"role": "assistant", "content": text})
                 if not left[n]:
                     del left[n]
-            _say(f"{SOURCE}: {counts['asked']} questions asked")
+            say(f"{SOURCE}: {counts['asked']} questions asked")
         chats = [
             Chat(f"{SOURCE}-{n:06d}", messages, _language(messages), SOURCE, teacher.licence)
             for n, messages in enumerate(said)
@@ -104,9 +104,9 @@ def answers(recipe: AnswersRecipe, out: str | Path, *, overwrite: bool = False, 
         teacher.write_recording(draft.path / "answers.jsonl")
         draft.step["teacher"] = teacher.report() | {"terms": terms}
         draft.step["derived"] = dict(counts)
-        _say(f"{SOURCE}: {len(chats)} chats of {len(asked)}; removed: {removed_line(tally, SOURCE)}")
-        _say(teacher.summary())
-        _say(f"{written['train']} chats to learn, {written['held_out']} held out")
+        say(f"{SOURCE}: {len(chats)} chats of {len(asked)}; removed: {removed_line(tally, SOURCE)}")
+        say(teacher.summary())
+        say(f"{written['train']} chats to learn, {written['held_out']} held out")
     return open_artifact(out)
 
 

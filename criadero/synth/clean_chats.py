@@ -23,7 +23,7 @@ from criadero.errors import UserError
 from criadero.synth.dataset import Chat, chat_source, removed_line, write_chats
 from criadero.synth.html_text import looks_like_html, to_markdown
 from criadero.synth.self_instruct import check_held_out
-from criadero.synth.teacher import _help, _say
+from criadero.synth.teacher import described, say
 
 if TYPE_CHECKING:
     from criadero.chat import Message
@@ -43,21 +43,23 @@ _ERROR_WORDS = 40  # an answer that long is no error message
 class CleanChatsRecipe:
     """Which chats, for which student, and how strictly."""
 
-    data: tuple[str, ...] = _help("files or folders of chats: ShareGPT's conversations, or any other shape of chats")
-    base: str = _help("the student: its tokenizer and template measure the chats", "cria")
-    context: int = _help("longest chat, in tokens; 0: the student's context", 0)
-    data_licence: str = _help("licence of the chats")
-    attribution: str = _help("who is to be named", "")
-    url: str = _help("where they come from", "")
-    languages: tuple[str, ...] = _help("languages to keep", ("en", "es"))
-    near_dedup: float = _help("remove chats this alike by word 5-grams (0: only equal ones)", 0.8)
-    remove_pasted: bool = _help("remove chats whose answers name another assistant's maker", False)
-    blocked: tuple[str, ...] = _help("regular expressions of words; a chat with one is removed", ())
-    min_words: int = _help("fewest words in the answers of a chat", 3)
-    written_by_model: bool = _help("the answers are a model's, as ShareGPT's are; the passport says so", True)
-    held_out: float = _help("share of the chats held out; the parts of one stay together", 0.1)
-    licence: str = _help("licence you give the dataset", "")
-    seed: int = _help("of the split", 0)
+    data: tuple[str, ...] = described(
+        "files or folders of chats: ShareGPT's conversations, or any other shape of chats"
+    )
+    base: str = described("the student: its tokenizer and template measure the chats", "cria")
+    context: int = described("longest chat, in tokens; 0: the student's context", 0)
+    data_licence: str = described("licence of the chats")
+    attribution: str = described("who is to be named", "")
+    url: str = described("where they come from", "")
+    languages: tuple[str, ...] = described("languages to keep", ("en", "es"))
+    near_dedup: float = described("remove chats this alike by word 5-grams (0: only equal ones)", 0.8)
+    remove_pasted: bool = described("remove chats whose answers name another assistant's maker", False)
+    blocked: tuple[str, ...] = described("regular expressions of words; a chat with one is removed", ())
+    min_words: int = described("fewest words in the answers of a chat", 3)
+    written_by_model: bool = described("the answers are a model's, as ShareGPT's are; the passport says so", True)
+    held_out: float = described("share of the chats held out; the parts of one stay together", 0.1)
+    licence: str = described("licence you give the dataset", "")
+    seed: int = described("of the split", 0)
 
 
 def clean_chats(recipe: CleanChatsRecipe, out: str | Path, *, overwrite: bool = False, resume: bool = True) -> Artifact:
@@ -111,8 +113,8 @@ def clean_chats(recipe: CleanChatsRecipe, out: str | Path, *, overwrite: bool = 
         draft.step["derived"] = {"context": context, **derived}
         for name in names.values():
             changes = ", ".join(f"{what} {n}" for what, n in tally.changes(name).items()) or "nothing"
-            _say(f"{name}: {read[name]} chats; removed: {removed_line(tally, name)}; changed: {changes}")
-        _say(
+            say(f"{name}: {read[name]} chats; removed: {removed_line(tally, name)}; changed: {changes}")
+        say(
             f"{counts['whole']} chats fit in {context} tokens, {counts['split']} were split into {counts['parts']} parts; "
             f"{written['train']} to learn, {written['held_out']} held out"
         )

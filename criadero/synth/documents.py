@@ -25,7 +25,7 @@ from criadero.synth import prompts
 from criadero.synth.dataset import Chat, chat_source, pair, removed_line, write_chats
 from criadero.synth.paragraphs import Paragraph, find_documents, paragraphs, read_text
 from criadero.synth.self_instruct import check_held_out
-from criadero.synth.teacher import TaughtFields, Teacher, _help, _say, ask, open_teacher
+from criadero.synth.teacher import TaughtFields, Teacher, ask, described, open_teacher, say
 from criadero.synth.terms import check_terms
 from criadero.synth.text import Pool, covered, words
 
@@ -47,30 +47,30 @@ _NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
 class DocumentQuestionsRecipe(TaughtFields):
     """Which documents, how many questions of which kinds, and how close an answer has to stay to its paragraph."""
 
-    teacher: str = _help(
+    teacher: str = described(
         'who writes: the URL of an OpenAI-compatible endpoint, a bundled model or a folder, a .jsonl of recorded answers; or "none": '
         "headings become questions",
         "none",
     )
-    documents: str = _help("a folder of documents, or one: Markdown, HTML, plain text, PDF")
-    document_licence: str = _help("licence of the documents", "unknown")
-    language: str = _help("en or es; empty: each paragraph's own", "")
-    kinds: tuple[str, ...] = _help(
+    documents: str = described("a folder of documents, or one: Markdown, HTML, plain text, PDF")
+    document_licence: str = described("licence of the documents", "unknown")
+    language: str = described("en or es; empty: each paragraph's own", "")
+    kinds: tuple[str, ...] = described(
         "kinds of questions, drawn for each paragraph; named twice, one is drawn twice as often",
         ("closed_qa", "closed_qa", "information_extraction", "summarization"),
     )
-    questions: int = _help("questions for each paragraph", 3)
-    min_paragraph: int = _help("shortest paragraph, in words", 8)
-    max_paragraph: int = _help("longest, in words: shorter ones are put together, longer ones cut", 180)
-    longest_answer: int = _help("in words", 60)
-    grounded: float = _help(
+    questions: int = described("questions for each paragraph", 3)
+    min_paragraph: int = described("shortest paragraph, in words", 8)
+    max_paragraph: int = described("longest, in words: shorter ones are put together, longer ones cut", 180)
+    longest_answer: int = described("in words", 60)
+    grounded: float = described(
         "share of an answer's content words that have to be in its paragraph, its headings or its question", 0.8
     )
-    most_alike: float = _help("ROUGE-L with an earlier question from which a new one is left out", 0.9)
-    with_context: bool = _help(
+    most_alike: float = described("ROUGE-L with an earlier question from which a new one is left out", 0.9)
+    with_context: bool = described(
         "put the paragraph into the question, for a student that is to read rather than to know", False
     )
-    temperature: float = _help("of the teacher", 0.7)
+    temperature: float = described("of the teacher", 0.7)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def document_questions(
     if not found:
         raise UserError(f"{root}: no paragraph of {recipe.min_paragraph} words and more in {len(files)} documents")
     if silent:
-        _say(
+        say(
             f"note: no paragraph of {recipe.min_paragraph} words and more in {', '.join(silent[:5])}{' ...' if silent[5:] else ''}"
         )
     teacher = open_teacher(recipe) if recipe.teacher != "none" else None
@@ -154,9 +154,9 @@ def document_questions(
             "paragraphs_with_questions": len(used),
             **dict(sorted(counts.items())),
         }
-        _say(f"{SOURCE}: {len(files)} documents, {len(found)} paragraphs, {len(used)} of them with questions")
-        _say(f"{SOURCE}: {len(kept)} questions of {counts['candidates']}; removed: {removed_line(tally, SOURCE)}")
-        _say(f"{written['train']} chats to learn, {written['held_out']} held out")
+        say(f"{SOURCE}: {len(files)} documents, {len(found)} paragraphs, {len(used)} of them with questions")
+        say(f"{SOURCE}: {len(kept)} questions of {counts['candidates']}; removed: {removed_line(tally, SOURCE)}")
+        say(f"{written['train']} chats to learn, {written['held_out']} held out")
     return open_artifact(out)
 
 
@@ -222,7 +222,7 @@ def _ask(
                 else:
                     out.append(Question(question, text, one, lang, kind))
         if len(asks) > 64:
-            _say(f"{SOURCE}: {min(begin + 64, len(asks))} of {len(asks)} paragraphs asked about")
+            say(f"{SOURCE}: {min(begin + 64, len(asks))} of {len(asks)} paragraphs asked about")
     return out
 
 

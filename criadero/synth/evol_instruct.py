@@ -23,7 +23,7 @@ from criadero.errors import UserError
 from criadero.synth import prompts
 from criadero.synth.dataset import SEEDS, Chat, Task, chat_source, pair, read_tasks, removed_line, write_chats
 from criadero.synth.self_instruct import check_held_out
-from criadero.synth.teacher import TaughtFields, Teacher, _help, _say, ask, open_teacher
+from criadero.synth.teacher import TaughtFields, Teacher, ask, described, open_teacher, say
 from criadero.synth.terms import check_terms
 from criadero.synth.text import content_words, words
 
@@ -46,19 +46,19 @@ _PROMPT_WORDS = re.compile(
 class EvolInstructRecipe(TaughtFields):
     """Which tasks to evolve, how often, and by which operators."""
 
-    data: str = _help(
+    data: str = described(
         "tasks to begin with: a file of chats or a dataset artifact; default: those that come with the package", ""
     )
-    limit: int = _help("take only the first so many tasks (0: all)", 0)
-    rounds: int = _help("how often every task is rewritten (WizardLM: 4)", 4)
-    operators: tuple[str, ...] = _help("drawn with equal chances", OPERATORS)
-    with_data: bool = _help("put the tasks to begin with into the dataset too, if they have answers", True)
-    data_licence: str = _help(
+    limit: int = described("take only the first so many tasks (0: all)", 0)
+    rounds: int = described("how often every task is rewritten (WizardLM: 4)", 4)
+    operators: tuple[str, ...] = described("drawn with equal chances", OPERATORS)
+    with_data: bool = described("put the tasks to begin with into the dataset too, if they have answers", True)
+    data_licence: str = described(
         "licence of the tasks to begin with; default: the dataset's, or that of the package's own", ""
     )
-    task_tokens: int = _help("longest rewritten task, in tokens", 512)
-    answer_tokens: int = _help("longest answer, in tokens", 1024)
-    temperature: float = _help("of the teacher when it rewrites and answers", 1.0)
+    task_tokens: int = described("longest rewritten task, in tokens", 512)
+    answer_tokens: int = described("longest answer, in tokens", 1024)
+    temperature: float = described("of the teacher when it rewrites and answers", 1.0)
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,10 @@ def evol_instruct(
         )
         teacher.record(draft, terms)
         draft.step["derived"] = dict(sorted(counts.items()))
-        _say(
+        say(
             f"{SOURCE}: {len(survived)} tasks of {counts['rewritten']} rewritten; removed: {removed_line(tally, SOURCE)}"
         )
-        _say(f"{written['train']} chats to learn, {written['held_out']} held out")
+        say(f"{written['train']} chats to learn, {written['held_out']} held out")
     return open_artifact(out)
 
 
@@ -138,7 +138,7 @@ def evolve(
         # a task whose rewriting was removed goes into the next round as it is (section 3.3)
         pool = [children.get(n, one) for n, one in enumerate(pool)]
         survived += [children[n] for n in sorted(children)]
-        _say(f"{SOURCE}: round {number} of {recipe.rounds}: {len(children)} of {len(pool)} rewritten tasks survive")
+        say(f"{SOURCE}: round {number} of {recipe.rounds}: {len(children)} of {len(pool)} rewritten tasks survive")
     return survived, counts
 
 

@@ -22,7 +22,7 @@ from criadero.artifact import Artifact, create, open_artifact
 from criadero.data.documents import read_rows
 from criadero.errors import UserError
 from criadero.synth import prompts
-from criadero.synth.teacher import Ask, Teacher, TeacherFields, _help, _say, ask, open_teacher
+from criadero.synth.teacher import Ask, Teacher, TeacherFields, ask, described, open_teacher, say
 
 Winner = Literal["a", "b", "tie"]
 _VERDICT = re.compile(r"\[\[([ABC])\]\]")
@@ -33,17 +33,17 @@ _MARK = re.compile(r"\[\[(\d{1,2}(?:\.\d{1,2})?)\]\]")
 class JudgeRecipe(TeacherFields):
     """What is asked of which models, and who judges."""
 
-    questions: str = _help("questions: a file of chats, a dataset artifact, or MT-bench's question.jsonl")
-    a: str = _help(
+    questions: str = described("questions: a file of chats, a dataset artifact, or MT-bench's question.jsonl")
+    a: str = described(
         "the model judged: a bundled model, a folder, or a .jsonl of its answers (an earlier judgement's answers-a.jsonl)"
     )
-    b: str = _help("the model it is compared with; empty: a is marked from 1 to 10 instead", "")
-    limit: int = _help("only the first so many questions (0: all)", 0)
-    reference: bool = _help("show the judge the answer that the questions come with", True)
-    language: str = _help("en or es, the judge's prompt; empty: each question's own", "")
-    answer_tokens: int = _help("longest answer, in tokens", 256)
-    verdict_tokens: int = _help("longest verdict, in tokens", 512)
-    seed: int = _help("of the answers and of the bootstrap", 0)
+    b: str = described("the model it is compared with; empty: a is marked from 1 to 10 instead", "")
+    limit: int = described("only the first so many questions (0: all)", 0)
+    reference: bool = described("show the judge the answer that the questions come with", True)
+    language: str = described("en or es, the judge's prompt; empty: each question's own", "")
+    answer_tokens: int = described("longest answer, in tokens", 256)
+    verdict_tokens: int = described("longest verdict, in tokens", 512)
+    seed: int = described("of the answers and of the bootstrap", 0)
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ def judge(recipe: JudgeRecipe, out: str | Path, *, overwrite: bool = False, resu
         teacher.write_recording(draft.path / "answers.jsonl")
         draft.metrics += metrics
         draft.step["judge"] = teacher.report()
-        _say(line)
-        _say(teacher.summary())
+        say(line)
+        say(teacher.summary())
     return open_artifact(out)
 
 

@@ -21,7 +21,7 @@ from criadero.data.filters import PASTED, Tally, identify
 from criadero.errors import UserError
 from criadero.synth import prompts
 from criadero.synth.dataset import SEEDS, Chat, Task, chat_source, pair, read_tasks, removed_line, write_chats
-from criadero.synth.teacher import Answer, Ask, TaughtFields, Teacher, _help, _say, ask, open_teacher
+from criadero.synth.teacher import Answer, Ask, TaughtFields, Teacher, ask, described, open_teacher, say
 from criadero.synth.terms import check_terms
 from criadero.synth.text import Pool
 
@@ -56,20 +56,22 @@ _BEGINNING = re.compile(r"[^\W_]|[¿¡\"'«(]")
 class SelfInstructRecipe(TaughtFields):
     """How many tasks to ask for, of whom, and what to leave out."""
 
-    tasks: int = _help("new tasks wanted", 200)
-    seeds: str = _help("tasks to begin with, a file of chats; default: those that come with the package", "")
-    languages: tuple[str, ...] = _help("languages of the tasks, in turn: en, es", ("en", "es"))
-    shown: int = _help("seed tasks shown in each request (Alpaca: 3)", 3)
-    per_request: int = _help("new tasks asked for in each request (Alpaca: 17)", 10)
-    batch: int = _help("requests sent together; none of them knows the others' tasks", 4)
-    most_requests: int = _help("stop after so many requests (0: four times what would do if every task were good)", 0)
-    min_words: int = _help("shortest instruction, in words (Alpaca: 4)", 4)
-    max_words: int = _help("longest instruction, in words (Alpaca: 150)", 150)
-    most_alike: float = _help("ROUGE-L with an earlier instruction from which a new one is left out", 0.7)
-    answer_tokens: int = _help("longest reply, in tokens; 0: 150 a task", 0)
-    temperature: float = _help("of the teacher", 1.0)
-    with_seeds: bool = _help("put the seed tasks into the dataset too", True)
-    seed_licence: str = _help("licence of the seed tasks", "Apache-2.0")
+    tasks: int = described("new tasks wanted", 200)
+    seeds: str = described("tasks to begin with, a file of chats; default: those that come with the package", "")
+    languages: tuple[str, ...] = described("languages of the tasks, in turn: en, es", ("en", "es"))
+    shown: int = described("seed tasks shown in each request (Alpaca: 3)", 3)
+    per_request: int = described("new tasks asked for in each request (Alpaca: 17)", 10)
+    batch: int = described("requests sent together; none of them knows the others' tasks", 4)
+    most_requests: int = described(
+        "stop after so many requests (0: four times what would do if every task were good)", 0
+    )
+    min_words: int = described("shortest instruction, in words (Alpaca: 4)", 4)
+    max_words: int = described("longest instruction, in words (Alpaca: 150)", 150)
+    most_alike: float = described("ROUGE-L with an earlier instruction from which a new one is left out", 0.7)
+    answer_tokens: int = described("longest reply, in tokens; 0: 150 a task", 0)
+    temperature: float = described("of the teacher", 1.0)
+    with_seeds: bool = described("put the seed tasks into the dataset too", True)
+    seed_licence: str = described("licence of the seed tasks", "Apache-2.0")
 
 
 def self_instruct(
@@ -118,14 +120,14 @@ def self_instruct(
         )
         teacher.record(draft, terms)
         draft.step["derived"] = dict(counts)
-        _say(f"{SOURCE}: {len(tasks)} tasks of {counts['candidates']}; removed: {removed_line(tally, SOURCE)}")
+        say(f"{SOURCE}: {len(tasks)} tasks of {counts['candidates']}; removed: {removed_line(tally, SOURCE)}")
         if len(tasks) < recipe.tasks:
-            _say(
+            say(
                 f"note: {recipe.tasks} tasks were wanted; {counts['why']}"
                 if "why" in counts
                 else f"note: {recipe.tasks} tasks were wanted"
             )
-        _say(f"{written['train']} chats to learn, {written['held_out']} held out")
+        say(f"{written['train']} chats to learn, {written['held_out']} held out")
     return open_artifact(out)
 
 
@@ -183,7 +185,7 @@ def generate(
                 pool.add(task.instruction)
                 kept.append(dataclasses.replace(task, id=f"{SOURCE}-{number:05d}-{place:02d}"))
         barren = barren + 1 if len(kept) == before else 0
-        _say(f"{SOURCE}: {len(kept)} of {recipe.tasks} tasks after {counts['requests']} requests")
+        say(f"{SOURCE}: {len(kept)} of {recipe.tasks} tasks after {counts['requests']} requests")
     return kept, counts
 
 

@@ -35,7 +35,7 @@ GIVE_UP = 6  # requests in a row without an answer
 _sleep = time.sleep
 
 
-def _help(text: str, default: Any = dataclasses.MISSING) -> Any:
+def described(text: str, default: Any = dataclasses.MISSING) -> Any:
     return field(default=default, metadata={"help": text})
 
 
@@ -43,35 +43,35 @@ def _help(text: str, default: Any = dataclasses.MISSING) -> Any:
 class TeacherFields:
     """What every stage with a teacher asks for; the recipes of such stages extend it."""
 
-    teacher: str = _help(
+    teacher: str = described(
         "who answers: the URL of an OpenAI-compatible endpoint (http://localhost:11434/v1), a bundled model or a folder, or a .jsonl of "
         "recorded answers"
     )
-    teacher_model: str = _help("the model's name at the endpoint", "")
-    teacher_licence: str = _help("licence or terms of its answers; default: what its passport declares", "")
-    student: str = _help(
+    teacher_model: str = described("the model's name at the endpoint", "")
+    teacher_licence: str = described("licence or terms of its answers; default: what its passport declares", "")
+    student: str = described(
         "the model that will learn from the answers, or its licence: some terms allow only their own family", ""
     )
-    use: Literal["shared", "private"] = _help(
+    use: Literal["shared", "private"] = described(
         "what becomes of models trained on the answers; some terms forbid to share or sell them", "shared"
     )
-    key_variable: str = _help("the environment variable that holds the endpoint's key", "CRIADERO_TEACHER_KEY")
-    price_in: float | None = _help(
+    key_variable: str = described("the environment variable that holds the endpoint's key", "CRIADERO_TEACHER_KEY")
+    price_in: float | None = described(
         "price of a million tokens of question; must be given for an endpoint elsewhere (0: free)", None
     )
-    price_out: float | None = _help("price of a million tokens of answer", None)
-    budget: float = _help("largest total cost, in the currency of the prices", 1.0)
-    concurrency: int = _help("requests at once to an endpoint", 4)
-    timeout: float = _help("seconds to wait for one answer", 120.0)
+    price_out: float | None = described("price of a million tokens of answer", None)
+    budget: float = described("largest total cost, in the currency of the prices", 1.0)
+    concurrency: int = described("requests at once to an endpoint", 4)
+    timeout: float = described("seconds to wait for one answer", 120.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaughtFields(TeacherFields):
     """What the stages ask for whose dataset a teacher writes."""
 
-    held_out: float = _help("share of the chats held out; what comes from one task stays together", 0.1)
-    licence: str = _help("licence you give the dataset", "")
-    seed: int = _help("of the draws", 0)
+    held_out: float = described("share of the chats held out; what comes from one task stays together", 0.1)
+    licence: str = described("licence you give the dataset", "")
+    seed: int = described("of the draws", 0)
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ class Teacher:
         except KeyboardInterrupt:
             work.stop = work.stop or KeyboardInterrupt()
             if threads:
-                _say(
+                say(
                     "stopping: waiting for the answers that are under way, so that they are not lost; Ctrl-C again to leave them"
                 )
                 for thread in threads:
@@ -287,7 +287,7 @@ class Teacher:
         """Put into the dataset to be what was asked, what came back, what it cost, and under which terms; say it in a line."""
         self.write_recording(draft.path / "answers.jsonl")
         draft.step["teacher"] = self.report() | {"terms": list(terms)}
-        _say(self.summary())
+        say(self.summary())
 
     def report(self) -> dict[str, Any]:
         """Counts and costs, for the passport."""
@@ -372,10 +372,11 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _say(text: str) -> None:
-    from criadero.train.progress import say
+def say(text: str) -> None:
+    """A line on stderr, in the way of the stages that train."""
+    from criadero.train import progress
 
-    say(text)
+    progress.say(text)
 
 
 # -- opening ----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from criadero.artifact import Input
 from criadero.errors import UserError
-from criadero.synth.teacher import Teacher, TeacherFields, _say
+from criadero.synth.teacher import Teacher, TeacherFields, say
 from criadero.trust.licence_graph import Graph, Node, passport_graph, read_graph
 from criadero.trust.licence_names import read_licence
 from criadero.trust.licence_rules import Intent
@@ -44,7 +44,7 @@ def check_terms(teacher: Teacher, recipe: TeacherFields) -> list[str]:
     ]
     lines = sorted({f"{one.rule.replace('-', ' ')}: {one.licence} {one.clause}".strip() for one in duties})
     for line in lines:
-        _say(f"terms of {teacher.name}: {line}")
+        say(f"terms of {teacher.name}: {line}")
     return lines
 
 

@@ -7,7 +7,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from criadero.data.filters import _VOTES as STOP_VOTES
+from criadero.data.filters import VOTES as STOP_VOTES
 
 _TOKEN = re.compile(r"\w+")
 

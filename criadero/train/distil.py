@@ -83,16 +83,16 @@ def logits(recipe: LogitsRecipe, out: Path, *, overwrite: bool = False, resume: 
         held_out_share=recipe.held_out_share, train_on=recipe.train_on, max_length=recipe.max_length,
         too_long=recipe.too_long, skip_bad=recipe.skip_bad, seed=recipe.seed,
     )  # fmt: skip
-    sft._check_recipe(like)
-    sources, licence = sft._sources(like, data)
+    sft.check_recipe(like)
+    sources, licence = sft.sources_of(like, data)
     with create(
         out, kind="logits", recipe=recipe, seeds={"seed": recipe.seed}, licence=None, overwrite=overwrite
     ) as draft:
         draft.add_input("outputs_of", recipe.teacher)
         draft.add_input("contains", recipe.data, licence=licence)
         model = load_model(path)
-        tokenizer, template = tokenizer_of(path), sft._template(like, path)
-        context = sft._context(like, model.config)
+        tokenizer, template = tokenizer_of(path), sft.template_for(like, path)
+        context = sft.context_of(like, model.config)
         prepared = prepare(like, data, tokenizer, template, context)
         preflight.check(prepared.report)
         if recipe.top_k > model.config.vocab_size:

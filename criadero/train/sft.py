@@ -177,20 +177,20 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
 
     keep_memory()
     base_path, data_path = resolve(recipe.base), find_data(recipe.data)
-    _check_recipe(recipe)
+    check_recipe(recipe)
     words = read_words(recipe.card)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     adapts = recipe.method != "full"
-    kind = "adapter" if adapts and not recipe.merged else "chat" if _template(recipe, base_path) else "base"
+    kind = "adapter" if adapts and not recipe.merged else "chat" if template_for(recipe, base_path) else "base"
     _check_base(base_path, kind)
     _check_method(recipe, base_path)
-    sources, licence = _sources(recipe, data_path)
+    sources, licence = sources_of(recipe, data_path)
     with create(
         out, kind=kind, name=recipe.model_name or None, licence=recipe.model_licence or None,
         recipe=recipe, seeds={"seed": recipe.seed},
         overwrite=overwrite, resume=resume,
     ) as draft:  # fmt: skip
-        tokenizer, template, config = tokenizer_of(base_path), _template(recipe, base_path), load_config(base_path)
+        tokenizer, template, config = tokenizer_of(base_path), template_for(recipe, base_path), load_config(base_path)
         known = tokenizer.vocab_size
         lesson = open_lesson(data_path) if is_logits(data_path) else None
         if lesson:
@@ -201,7 +201,7 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
             config = dataclasses.replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size))
         if adapts:
             lora.check_rank(recipe.lora_rank, recipe.lora_targets, config)
-        context = _context(recipe, config)
+        context = context_of(recipe, config)
         prepared = (
             _prepared_before(lesson, recipe.base, context)
             if lesson
@@ -462,7 +462,7 @@ def _write(
     save_hf(model, config, folder)
 
 
-def _check_recipe(recipe: SftRecipe) -> None:
+def check_recipe(recipe: SftRecipe) -> None:
     if recipe.epochs < 0:
         raise UserError(f"epochs must be positive, or 0 to derive them, not {recipe.epochs:g}")
     if not 0 <= recipe.distil <= 1:
@@ -531,7 +531,7 @@ def _multiplies_in_int8(recipe: SftRecipe, obstacle: str | None) -> bool:
     return plain and obstacle is None and wanted
 
 
-def _context(recipe: SftRecipe, config: ModelConfig) -> int:
+def context_of(recipe: SftRecipe, config: ModelConfig) -> int:
     """The longest example, in tokens."""
     context = config.max_position_embeddings
     if recipe.max_length > context:
@@ -573,7 +573,7 @@ def row_length(prepared: Prepared, context: int) -> int:
     return min(context, max(longest, ROW))
 
 
-def _sources(recipe: SftRecipe, data: Path) -> tuple[list[dict[str, Any]], str]:
+def sources_of(recipe: SftRecipe, data: Path) -> tuple[list[dict[str, Any]], str]:
     """What a ``dataset`` artifact's passport says it is made of, and the licence of the data.
 
     No rows where ``data`` is something else, or where the recipe states a licence: that is the user's word for the whole.
@@ -586,7 +586,7 @@ def _sources(recipe: SftRecipe, data: Path) -> tuple[list[dict[str, Any]], str]:
     return rows, declared or " / ".join(sorted({str(row.get("licence") or "unknown") for row in rows})) or "unknown"
 
 
-def _template(recipe: SftRecipe, base: Path) -> Template | None:
+def template_for(recipe: SftRecipe, base: Path) -> Template | None:
     """None: a base without one, which plain documents do not need."""
     from criadero.checkpoints import template_of
 
