@@ -130,3 +130,15 @@ def streamed(response: httpx.Response) -> Iterator[tuple[str, Any]]:
         elif line.startswith("data: "):
             yield name, line[6:] if line == "data: [DONE]" else json.loads(line[6:])
             name = "message"
+
+
+def nothing_is_left(live: Live, key: str) -> None:
+    """No slot, page, place in line, or use of a model; and whoever has ``key`` is answered."""
+    wait_for(lambda: live.worker.active == 0)
+    wait_for(lambda: live.service.admission._answers == {})
+    stats = live.worker.llm.engine.stats()
+    assert stats["running"] == stats["waiting"] == stats["pages_used"] == 0
+    assert all(usage.active == 0 for usage in live.service.admission._usage.values())
+    wait_for(lambda: live.service.pool.entries[MODEL].body.users == 0)
+    wait_for(lambda: not live.server.server_state.tasks)
+    assert live.chat(headers={"x-api-key": key}).status_code == 200

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving import HELLO, MODEL, Live, events, half_request, serving, wait_for
+from serving import HELLO, MODEL, Live, events, half_request, nothing_is_left, serving
 
 from criadero.serve.embeddings import EmbeddingRequest
 from criadero.serve.keys import Key, hash_key
@@ -80,16 +80,6 @@ def test_no_body_is_the_servers_fault(live: Live, data: st.DataObject) -> None:
         assert events(answer.text)[-1] == "[DONE]", (body, answer.text)
 
 
-def _nothing_is_left(live: Live) -> None:
-    wait_for(lambda: live.worker.active == 0)
-    wait_for(lambda: live.service.admission._answers == {})
-    stats = live.worker.llm.engine.stats()
-    assert stats["running"] == stats["waiting"] == stats["pages_used"] == 0
-    assert all(usage.active == 0 for usage in live.service.admission._usage.values())
-    wait_for(lambda: live.service.pool.entries[MODEL].body.users == 0)
-    assert live.chat(headers={"x-api-key": "eva"}).status_code == 200
-
-
 def test_half_a_head_and_half_a_body_hold_nothing(live: Live) -> None:
     for text in (
         b"POST /v1/chat",
@@ -100,4 +90,4 @@ def test_half_a_head_and_half_a_body_hold_nothing(live: Live) -> None:
         made.sendall(text)
         made.close()
     half_request(live, "/v1/chat/completions", {"messages": HELLO}).close()
-    _nothing_is_left(live)
+    nothing_is_left(live, "eva")

@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 import pytest
 import sqlalchemy as sa
-from serving import MODEL, Live, events, serving, wait_for
+from serving import MODEL, Live, events, nothing_is_left, serving, wait_for
 
 from criadero.serve import tables
 from criadero.serve.keys import hash_key
@@ -353,7 +353,7 @@ def storm(live: Live, store: Store, count: int, clients: int) -> Counter[str]:
     finally:
         trouble.end()
     assert not blown.wrong, (len(blown.wrong), blown.wrong[:5])
-    nothing_is_left(live)
+    nothing_is_left(live, "eva")
     for owner, id, kept in blown.kept:
         other = OWNERS[1 - OWNERS.index(owner)]
         assert (store.receipt(owner, id) is not None) == kept, (owner, id, kept)
@@ -363,18 +363,6 @@ def storm(live: Live, store: Store, count: int, clients: int) -> Counter[str]:
         assert all(text == f"Hola, soy {owner}." for text in said[:1])
         assert store.chat(OWNERS[1 - OWNERS.index(owner)], chat) is None
     return blown.seen + trouble.times
-
-
-def nothing_is_left(live: Live) -> None:
-    """No slot, page, place in line, or use of a model."""
-    wait_for(lambda: live.worker.active == 0)
-    wait_for(lambda: live.service.admission._answers == {})
-    stats = live.worker.llm.engine.stats()
-    assert stats["running"] == stats["waiting"] == stats["pages_used"] == 0
-    assert all(usage.active == 0 for usage in live.service.admission._usage.values())
-    wait_for(lambda: live.service.pool.entries[MODEL].body.users == 0)
-    wait_for(lambda: not live.server.server_state.tasks)
-    assert live.chat(headers={"x-api-key": "eva"}).status_code == 200
 
 
 def test_a_storm(live: Live, store: Store) -> None:
