@@ -134,6 +134,8 @@ class Storm:
         last = events(response.text)[-1]
         if "message" not in last or "content" not in last["message"]:
             return self._cut("page", last)
+        if last["message"]["finish_reason"] == "cancelled":  # what there was is kept, and says so
+            return self._cut("page", {"code": "cancelled"})
         return str(last["message"]["content"])
 
     def _later(self, kind: str, response: httpx.Response) -> bool:
