@@ -244,6 +244,10 @@ class Storm:
         while rest and (size := int(rest.split(b"\r\n", 1)[0], 16)):
             rest = rest.split(b"\r\n", 1)[1]
             text, rest = text + rest[:size].decode(), rest[size + 2 :]
+        last = events(text)[-1]
+        if "error" in last:
+            self._cut("trickle", last["error"])
+            return "later"
         parts = [part["choices"] for part in events(text)[:-1]]
         said = "".join(part[0]["delta"].get("content") or "" for part in parts if part)
         if said != self.solo["stream", owner, seed]:
