@@ -178,9 +178,9 @@ def compact(schema: Mapping[str, Any]) -> dict[str, Any]:
 def closed(schema: Any) -> Any:
     """``schema`` where an object whose properties are listed has no others, unless it says that it may: as clients mean it, and as other
     servers take it. What comes out is right by the schema as it was given."""
-    return (
-        schema if '"allOf"' in json.dumps(schema) else _closed(schema)
-    )  # parts of one object would shut each other out
+    if '"allOf"' in json.dumps(schema):  # parts of one object would shut each other out
+        return schema
+    return _closed(schema)
 
 
 def _closed(schema: Any) -> Any:

@@ -59,7 +59,7 @@ ROW = 256  # tokens in a packed row, or as many as the longest chat: attention i
 # 2e-5 for full tuning at 4096 is Llama 2's (section 3.1).
 LR = {"lora": 1.28, "qlora": 1.28, "dora": 1.28, "full": 0.082}
 INT8_METHODS = ("lora", "qlora")
-INT8_AUTO = True  # where it is fast, they multiply with the base in int8: held-out losses do not suffer (docs/log.md)
+INT8_AUTO = True  # where it is fast: held-out losses change far less than between seeds (docs/log.md)
 MEASURES = 10  # held-out losses in a run
 MEASURING = 0.1  # of the time of training, at most, where that leaves two of them
 QUESTIONS = 6  # compared in the report
@@ -102,8 +102,8 @@ class SftRecipe:
     base_matmul: Literal["auto", "exact", "int8"] = field(
         default="auto",
         metadata={
-            "help": "how learning multiplies with the base's weights under adapters: exact, or in 8-bit whole numbers, two to three "
-            "times as fast; auto: int8 where the processor has instructions for it. Held-out losses are always exact"
+            "help": "how learning multiplies with the base's weights under adapters: exact, or in 8-bit whole numbers, products two to "
+            "three times as fast; auto: int8 where the processor has instructions for it. Held-out losses are always exact"
         },
     )
     merged: bool = field(default=False, metadata={"help": "fold the adapter in and seal whole weights"})
