@@ -7,6 +7,7 @@ import os
 import pwd
 import shutil
 import signal
+import stat
 import subprocess
 import tempfile
 import time
@@ -32,6 +33,9 @@ def server() -> Iterator[str]:
     if os.geteuid() == 0:  # PostgreSQL refuses to run as root
         other = next((name for name in ("postgres", "nobody") if _user(name)), None)
         assert other, "there is no user to run PostgreSQL as"
+        assert os.stat(os.devnull).st_mode & stat.S_IWOTH, (
+            "initdb writes to /dev/null, and only root may here: chmod a+rw /dev/null"
+        )
         user = pwd.getpwnam(other)
         os.chown(folder, user.pw_uid, user.pw_gid)
         who = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
