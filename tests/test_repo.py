@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -93,6 +94,41 @@ def test_every_dependency_is_pinned() -> None:
     for requirement in map(Requirement, wanted):
         assert pins.get(canonicalize_name(requirement.name), "") in requirement.specifier, requirement.name
     assert not any("+" in version or "/" in version for version in pins.values())
+
+
+def test_the_pins_are_written_once() -> None:
+    """`make constraints` where nothing changed changes nothing, on whatever machine; what it changes it says."""
+    spec = importlib.util.spec_from_file_location("constraints", ROOT / "tools" / "constraints.py")
+    assert spec
+    assert spec.loader
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    file = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    pins = dict(line.split("==") for line in file.splitlines() if "==" in line)
+    assert tool.written(file, pins, set()) == (file, [])  # as it is: canonical names, in order
+    asked = tool.elsewhere(
+        ["Colorama>=0.4; sys_platform == 'win32'", "a[b] (>1) ; python_version < '3.11'", "c; extra == 'x'", "d"]
+    )
+    assert asked == {"colorama", "a"}
+    old = tool.HEAD + "Colorama==0.4.6\nhttpx==1\nhttpx2==2\nleft==1\nscikit_build_core==1\n"
+    here = {
+        "scikit_build_core": "1",
+        "httpx": "1.1",
+        "httpx2": "2",
+        "Torch": "2.13.0+cpu",
+        "pip": "23",
+        "criadero": "0.1",
+    }
+    text, notes = tool.written(old, here, asked)
+    assert text == tool.HEAD + "colorama==0.4.6\nhttpx==1.1\nhttpx2==2\nscikit-build-core==1\ntorch==2.13.0\n"
+    assert notes == [
+        "kept   colorama: not installed here, asked for elsewhere", "changed httpx 1.1", "dropped left 1", "added   torch 2.13.0"
+    ]  # fmt: skip
+    assert tool.written(text, here, asked)[0] == text
+    assert (
+        tool.written(text, {"HTTPX": "1.1", "httpx2": "2", "scikit-build-core": "1", "torch": "2.13.0"}, asked)[0]
+        == text
+    )
 
 
 @pytest.mark.slow
