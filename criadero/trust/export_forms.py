@@ -65,6 +65,31 @@ _EU: dict[str, dict[str, str]] = {
         "by_estimate": "según las cuentas del pasaporte", "text": "texto", "thousands": "\u00a0",
     },
 }  # fmt: skip
+# why documents are left out (`criadero.data`, `criadero.synth`), as the Spanish form says it; in English a reason's name is its wording
+_REASONS = {
+    "alike": "demasiado parecidos a otros", "alphabetic": "pocas palabras con letras", "archaic": "lengua antigua",
+    "bad_row": "fila mal formada", "beginning": "comienzo no admitido", "beyond_text": "piden algo más que texto",
+    "blocked_word": "palabra excluida", "broken_encoding": "codificación dañada", "bullets": "casi todo son listas",
+    "code": "código", "cut_off": "cortados", "duplicate": "duplicados", "duplicate_lines": "líneas repetidas",
+    "duplicate_ngrams": "secuencias de palabras repetidas", "echo": "repiten la pregunta", "ellipses": "líneas sin terminar",
+    "empty": "vacíos", "empty_turn": "turno vacío", "enough": "ya había bastantes", "hard": "difíciles de leer", "language": "otra lengua",
+    "language_unknown": "lengua no reconocida", "long": "largos", "longer_than_context": "más largos que el contexto",
+    "lorem_ipsum": "texto de relleno (lorem ipsum)", "many_turns": "demasiados turnos", "near_duplicate": "casi duplicados",
+    "no_chat": "no son una conversación", "no_gain": "no aportan nada nuevo", "not_chosen": "no elegidos",
+    "nothing_asked": "sin pregunta", "number": "número que no consta en el texto", "over_max_bytes": "por encima del máximo de bytes",
+    "over_max_documents": "por encima del máximo de documentos", "pasted": "texto pegado", "program": "piden un programa",
+    "prompt_words": "repiten las instrucciones dadas", "refers_to_text": "aluden al texto", "removal_request": "a petición",
+    "repeated_paragraphs": "párrafos repetidos", "roles": "turnos en mal orden", "says_nothing": "no dicen nada", "short": "cortos",
+    "sorry": "se excusan", "stop_words": "pocas palabras funcionales", "symbols": "demasiados símbolos",
+    "top_ngram": "una misma expresión muy repetida", "unanswered": "sin respuesta", "ungrounded": "sin apoyo en el texto",
+    "unparsable": "ilegibles", "unparsable_verdict": "veredicto ilegible", "word_length": "palabras de longitud inusual",
+}  # fmt: skip
+
+
+def reason(why: str, lang: str) -> str:
+    """Why documents were left out, in words; a name that another version gave is told as it stands."""
+    words = why.replace("_", " ")
+    return _REASONS.get(why, words) if lang == "es" else words
 
 
 def eu_summary(facts: Facts, lang: str = "en") -> str:
@@ -125,7 +150,7 @@ def eu_summary(facts: Facts, lang: str = "en") -> str:
         removed = row.get("removed")
         for why, n in removed.items() if isinstance(removed, dict) else ():
             reasons[why] = reasons.get(why, 0) + int(n)
-    field("other", ", ".join(f"{why.replace('_', ' ')} {_n(n, t)}" for why, n in sorted(reasons.items())))
+    field("other", ", ".join(f"{reason(why, lang)} {_n(n, t)}" for why, n in sorted(reasons.items())))
     return "\n".join(lines + _missing(missing, t["missing_list"], t["missing_note"])) + "\n"
 
 
