@@ -24,9 +24,8 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bits, self.group, self.dtype, self.device = weight.bits, weight.group, dtype, torch.device(device)
-        self.q = torch.from_numpy(np.array(weight.q)).to(device)  # copied: a mapped file cannot be given to PyTorch
-        self.scales = torch.from_numpy(np.array(weight.scales)).to(device)
-        self.mins = None if weight.mins is None else torch.from_numpy(np.array(weight.mins)).to(device)
+        self.q, self.scales = _tensor(weight.q, device), _tensor(weight.scales, device)
+        self.mins = None if weight.mins is None else _tensor(weight.mins, device)
 
     def rows(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Rows of the weight, ``[stop - start, K]``: each number the nearest that ``dtype`` holds to its float32 value."""
@@ -64,6 +63,11 @@ class QuantLinear(nn.Module):
         if not torch.is_grad_enabled():
             return x @ self.dequantise().t()
         return _FrozenProduct.apply(x, self)
+
+
+def _tensor(array: np.ndarray, device: str | torch.device) -> Tensor:
+    """The array itself, or a copy of one that is mapped read-only, which cannot be given to PyTorch."""
+    return torch.from_numpy(array if array.flags.writeable else np.array(array)).to(device)
 
 
 class _FrozenProduct(torch.autograd.Function):

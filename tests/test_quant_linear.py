@@ -43,6 +43,14 @@ def test_values_and_gradients(bits: int, group: int, minimums: bool, dtype: torc
     assert torch.equal(x.grad, twin.grad)
 
 
+def test_numbers_that_may_be_kept_are_not_copied() -> None:
+    """Loading an 8-bit base held it twice otherwise. What is mapped read-only has to be copied."""
+    numbers, scales = np.zeros((4, 32), np.int8), np.ones((4, 1), np.float32)
+    assert np.shares_memory(QuantLinear(QuantTensor(8, 32, numbers, scales), torch.float32).q.numpy(), numbers)
+    numbers.flags.writeable = False
+    assert not np.shares_memory(QuantLinear(QuantTensor(8, 32, numbers, scales), torch.float32).q.numpy(), numbers)
+
+
 def test_it_keeps_the_packed_numbers_and_no_more() -> None:
     weight = packed(4, 32, rows=256, columns=512)
     layer = QuantLinear(weight, torch.bfloat16)

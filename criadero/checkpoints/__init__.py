@@ -22,6 +22,7 @@ from criadero.checkpoints.gguf import (
 from criadero.checkpoints.gguf_vocab import read_gguf_template, read_gguf_tokenizer
 from criadero.checkpoints.meta import is_meta_folder, read_meta
 from criadero.checkpoints.packed import (
+    as_tensor,
     dequantised_state,
     is_quantised,
     load_quantised,
@@ -116,13 +117,16 @@ def load_frozen(ref: Ref, *, dtype: torch.dtype, device: str | torch.device = "c
     with torch.device("meta"):
         model = Llama(config)
     plain: dict[str, Tensor] = {}
-    for name, weight in state.items():
+    # what becomes tensors of another dtype first, and each forgotten once it is used: its memory serves the next
+    for name in sorted(state, key=lambda name: isinstance(state[name], QuantTensor)):
+        weight = state.pop(name)
         module = name.removesuffix(".weight")
         if isinstance(weight, QuantTensor) and name.startswith("model.layers."):
             parent, _, child = module.rpartition(".")
             setattr(model.get_submodule(parent), child, QuantLinear(weight, dtype, device))
         else:
-            plain[name] = to_torch(weight).to(device=device, dtype=dtype)
+            stored = to_torch(weight) if isinstance(weight, QuantTensor) else as_tensor(weight)
+            plain[name] = stored.to(device=device, dtype=dtype)
     fill(model, plain)
     return model.requires_grad_(False).eval()
 
