@@ -5,7 +5,7 @@
 All train random weights of the same shape on the same rows (8192 tokens a step, of 135m 4096; whole rows of one document, AdamW on float32
 masters): transformers' ``LlamaForCausalLM`` plainly (bf16 weights unless told otherwise, SDPA), and at its best, compiled by
 torch.compile. Each side runs in a process of its own, so that our allocator settings do not help the peer; "tuned" rows have them set from
-outside (GLIBC_TUNABLES). The slow twin is our own model without the compiled kernels.
+outside (GLIBC_TUNABLES). Memory is the most that the process used. The slow twin is our own model without the compiled kernels.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -125,7 +126,8 @@ def main() -> None:
             seconds = ours(shape, steps, tokens, arguments.dtype)
         else:
             seconds = peer(shape, steps, tokens, arguments.peer_dtype, arguments.side == "compiled")
-        print(json.dumps(seconds[2:]))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        print(json.dumps({"seconds": seconds[2:], "peak_gb": peak}))
         return
     tuned = {"GLIBC_TUNABLES": KEEP}
     sides: dict[str, tuple[str, dict[str, str]]] = {
@@ -137,6 +139,7 @@ def main() -> None:
     }
     sides = {name: side for name, side in sides.items() if arguments.only in name or name == "Criadero"}
     speeds: dict[str, list[float]] = {name: [] for name in sides}
+    peaks = dict.fromkeys(sides, 0.0)
     for _ in range(arguments.rounds):
         for name, (side, changes) in sides.items():
             command = [
@@ -154,15 +157,19 @@ def main() -> None:
                 arguments.peer_dtype,
             ]
             done = subprocess.run(command, env=os.environ | changes, check=True, capture_output=True, text=True)
-            speeds[name] += [TOKENS[arguments.shape] / s for s in json.loads(done.stdout.strip().splitlines()[-1])]
+            found = json.loads(done.stdout.strip().splitlines()[-1])
+            speeds[name] += [TOKENS[arguments.shape] / s for s in found["seconds"]]
+            peaks[name] = max(peaks[name], found["peak_gb"])
     if arguments.json:
-        print(json.dumps({"machine": platform.processor(), "shape": arguments.shape, "tokens_per_second": speeds}))
+        what = {"machine": platform.processor(), "shape": arguments.shape}
+        print(json.dumps(what | {"tokens_per_second": speeds, "peak_gb": peaks}))
         return
     base = statistics.median(speeds["Criadero"])
-    print("| | tokens/s, median (least - most) | Criadero is |\n|---|---|---|")
+    print("| | tokens/s, median (least - most) | peak GB | Criadero is |\n|---|---|---|---|")
     for name, values in speeds.items():
         middle = statistics.median(values)
-        print(f"| {name} | {middle:,.0f} ({min(values):,.0f} - {max(values):,.0f}) | {base / middle:.2f}x |")
+        speed = f"{middle:,.0f} ({min(values):,.0f} - {max(values):,.0f})"
+        print(f"| {name} | {speed} | {peaks[name]:.1f} | {base / middle:.2f}x |")
 
 
 if __name__ == "__main__":
