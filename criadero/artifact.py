@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from criadero import machine
+from criadero import machine, places
 from criadero.errors import UserError
 from criadero.merkle import CHUNK, folder_root, hash_file, sha256_file
 from criadero.passport import CHUNKS, FORMAT, Problem, compare, passport_id, read_lineage, read_passport, role_of, walk
@@ -166,7 +166,7 @@ def resolve(ref: str | Path | Artifact) -> Path:
     """
     if isinstance(ref, Artifact):
         return ref.path
-    text, path = os.fspath(ref), Path(ref)
+    text, path = os.fspath(ref), places.find(ref)
     if not text:
         raise UserError("the name of a model is empty: give a folder or one of " + ", ".join(bundled_models()))
     bundled = BUNDLED / text
@@ -402,7 +402,7 @@ def create(
             step |= {"started": started, "ended": _now()} | draft.step
             if recipe is not None:
                 # "./x" was meant from where the stage ran; in a recipe file it would mean beside that file
-                text = to_toml(recipe).replace('"./', '"')
+                text = to_toml(recipe, say=places.told).replace('"./', '"')
                 (partial / "recipe.toml").write_text(text, encoding="utf-8")
             _seal(draft, out, kind, name or out.name, licence, step)
     except BaseException as error:
@@ -581,6 +581,8 @@ def _seal(draft: Draft, out: Path, kind: str, name: str, licence: str | None, st
         "metrics": draft.metrics,
     }
     passport = plain(passport)
+    for key in ("inputs", "licence", "step", "data", "model", "metrics"):
+        passport[key] = places.told(passport[key])
     passport["id"] = passport_id(passport)
     temporary = folder / (_PASSPORT + ".tmp")
     temporary.write_bytes(canonical_json(passport) + b"\n")

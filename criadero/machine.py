@@ -7,7 +7,6 @@ import functools
 import importlib.metadata
 import os
 import platform
-import shlex
 import subprocess
 import sys
 import threading
@@ -15,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from criadero import __version__
+from criadero import __version__, places
 
 _PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "jinja2", "zstandard", "pyarrow")
 _RAPL = Path("/sys/class/powercap")
@@ -28,8 +27,7 @@ def command() -> str:
     """The command, when it was ours; only the program's name otherwise (a notebook's arguments say nothing)."""
     program = Path(sys.argv[0] if sys.argv else "").name
     if program in ("criadero", "__main__.py", "cli.py"):
-        words = [word.replace(str(Path.cwd()) + os.sep, "").replace(str(Path.home()), "~") for word in sys.argv[1:]]
-        return shlex.join(["criadero", *words])
+        return places.command(["criadero", *sys.argv[1:]])
     return program or "python"
 
 

@@ -17,7 +17,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -241,16 +241,19 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}, line {line}: not TOML: {reason[:1].lower()}{reason[1:]}") from None
 
 
-def to_toml(obj: Any) -> str:
-    """A recipe dataclass as TOML: ``stage`` first, then every field (those that are None are left out), tables last."""
+def to_toml(obj: Any, *, say: Callable[[str], str] = str) -> str:
+    """A recipe dataclass as TOML: ``stage`` first, then every field (those that are None are left out), tables last.
+
+    `say` gives each text of it as it is to be written.
+    """
     lines = (
         [] if any(f.name == "stage" for f in dataclasses.fields(obj)) else [f"stage = {_toml(stage_name(type(obj)))}"]
     )
-    _write_table(obj, "", lines)
+    _write_table(obj, "", lines, say)
     return "\n".join(lines) + "\n"
 
 
-def _write_table(obj: Any, prefix: str, lines: list[str]) -> None:
+def _write_table(obj: Any, prefix: str, lines: list[str], say: Callable[[str], str]) -> None:
     tables: list[tuple[str, Any]] = []
     for field in dataclasses.fields(obj):
         value = getattr(obj, field.name)
@@ -259,23 +262,23 @@ def _write_table(obj: Any, prefix: str, lines: list[str]) -> None:
         ):
             tables.append((field.name, value))
         elif value is not None:
-            lines.append(f"{field.name} = {_toml(value)}")
+            lines.append(f"{field.name} = {_toml(value, say)}")
     for name, value in tables:
         for item in value if isinstance(value, tuple) else (value,):
             lines += ["", f"[[{prefix}{name}]]" if isinstance(value, tuple) else f"[{prefix}{name}]"]
-            _write_table(item, f"{prefix}{name}.", lines)
+            _write_table(item, f"{prefix}{name}.", lines, say)
 
 
-def _toml(value: Any) -> str:
+def _toml(value: Any, say: Callable[[str], str] = str) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, str | Path):
-        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+        return json.dumps(say(str(value)), ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{_toml(str(key))} = {_toml(item)}" for key, item in value.items()) + " }"
-    return "[" + ", ".join(_toml(item) for item in value) + "]"
+        return "{ " + ", ".join(f"{_toml(str(key), say)} = {_toml(item, say)}" for key, item in value.items()) + " }"
+    return "[" + ", ".join(_toml(item, say) for item in value) + "]"
 
 
 # -- command line -----------------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """Run stages: one from values (`make`), or a folder of numbered recipes in order (`run`).
 
 A recipe folder holds ``NN-name.toml`` files, each with one of :data:`STAGES` as its ``stage``. A text
-value that equals an earlier file's name (``base = "04-pretrain"``) means what that stage made; one that begins
-with ``./`` or ``../`` is relative to the recipe folder. A stage is skipped when its sealed artifact was made with the
-same recipe from inputs with the same ids.
+value that equals an earlier file's name (``base = "04-pretrain"``) means what that stage made; one that
+begins with ``./`` or ``../`` is relative to the recipe folder, with ``~/`` to the home folder. A stage is
+skipped when its sealed artifact was made with the same recipe from inputs with the same ids.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from criadero import places
 from criadero.artifact import Artifact, content_id, open_artifact, read_passport, resolve, short_id
 from criadero.errors import UserError
 from criadero.recipe import parse, plain, read_toml
@@ -237,6 +238,8 @@ def _resolved(value: Any, file: Path, earlier: list[str], later: list[str], out:
         path = os.path.normpath(file.parent / value)
         if not os.path.exists(path) and not glob.has_magic(path):
             raise UserError(f"{file}: {value!r} is not there ({path})")
+    elif value.startswith("~/"):  # as a sealed recipe writes what lies in the home folder
+        path = str(places.find(value))
     elif re.fullmatch(r"\d+-[\w-]+", value) and not os.path.exists(value):
         near = difflib.get_close_matches(value, earlier, n=1)
         raise UserError(f"{file}: {value!r} is no earlier stage" + (f": did you mean {near[0]!r}?" if near else ""))
@@ -285,9 +288,13 @@ def _why(step: Step, stale: set[str]) -> str | None:
         return f"{Path(again[0]).name} is made again"
     known, found = set(recorded.values()), set()
     for path in sorted(here):
-        if path in recorded or any(_inside(one, path) for one in recorded):
+        said = places.told(path)
+        if said in recorded:
+            if (id := ids.of(path)) != recorded[said]:
+                return f"{path} has changed"
+        elif any(_inside(one, path) for one in recorded):
             continue  # looked at below, file by file
-        if (id := ids.of(path)) not in known:
+        elif (id := ids.of(path)) not in known:
             return f"{path} is not what it was made of"
         found.add(id)
     for locator, id in recorded.items():
@@ -300,7 +307,7 @@ def _why(step: Step, stale: set[str]) -> str | None:
 
 def _changed(key: str, old: Any, new: Any, recorded: Mapping[str, str], ids: _Ids) -> str | None:
     """How two plain values differ. A path differs only when what lies there has another id than was recorded."""
-    if old == new:
+    if old == new or old == places.told(new):
         return None
     if isinstance(old, dict) and isinstance(new, dict):
         pairs = [(f"{key}.{name}", old.get(name), new.get(name)) for name in {**old, **new}]
@@ -319,7 +326,7 @@ def _short(value: Any) -> str:
 
 
 def _inside(locator: str, folder: str) -> bool:
-    return os.path.abspath(locator).startswith(os.path.abspath(folder) + os.sep)
+    return os.path.abspath(places.find(locator)).startswith(os.path.abspath(folder) + os.sep)
 
 
 class _Ids:

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "criadero"
 # docs/architecture.md, "Layers": lowest first
 LAYERS = [
     {"errors", ""},  # "" is criadero/__init__.py: its public names are imported behind __getattr__
-    {"artifact", "recipe", "passport", "merkle", "machine"},
+    {"artifact", "recipe", "passport", "merkle", "machine", "places"},
     {"config", "tokenizer", "sentencepiece_file", "template_sandbox", "chat", "kernels"},
     {"model", "lora", "quant_linear", "checkpoints", "data", "card"},
     {"train", "engine", "quantization", "merge"},

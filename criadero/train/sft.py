@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from criadero import lora
+from criadero import lora, places
 from criadero.artifact import BUNDLED, Artifact, create, open_artifact, resolve
 from criadero.card import read_words, write_card
 from criadero.chat import Example, Template, builtin_template
@@ -386,12 +385,12 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
         write_report(
             draft.path,
             Comparison(
-                name=recipe.model_name or out.name, base=recipe.base, method=recipe.method, trained=trained,
+                name=recipe.model_name or out.name, base=places.told(recipe.base), method=recipe.method, trained=trained,
                 total=config.parameters(), before=before["loss"], after=after["loss"], supervised=int(before["supervised"]),
                 lines=read_metrics(draft.path / "metrics.jsonl"), best_step=done["best_step"], rule=rule, asked=asked,
                 answers_before=answers_before, answers_after=answers_after, counts=vars(prepared.report),
                 languages=prepared.report.languages, licence=licence, example=pieces(tokenizer, prepared.train[0]),
-                settings=_given(recipe), task=[one["accuracy"] for one in tasks], questions=len(task),
+                settings=places.told(_given(recipe)), task=[one["accuracy"] for one in tasks], questions=len(task),
                 derived=derived | {"dtype": str(dtype).removeprefix("torch.")},
             ),
         )  # fmt: skip
@@ -449,7 +448,7 @@ def _write(
     from criadero.checkpoints import save_hf
     from criadero.train.curves import write_curves
 
-    write_curves(folder, title=f"tuning {recipe.base}")
+    write_curves(folder, title=f"tuning {places.told(recipe.base)}")
     tokenizer.save(folder, chat_template=template.source if template else None)
     if recipe.method != "full" and not recipe.merged:
         ends = list(config.eos_ids)
@@ -555,7 +554,8 @@ def _base_name(base: str, out: Path) -> str:
     path = resolve(base)
     if path.parent == BUNDLED:
         return path.name
-    return base if Path(base).is_absolute() else os.path.relpath(path, out)
+    said = places.told(base)
+    return said if said == base and Path(base).is_absolute() else places.from_folder(path, out)
 
 
 def _ends(config: ModelConfig, examples: Sequence[Example], tokenizer: Tokenizer) -> int | tuple[int, ...] | None:

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from criadero import places
 from criadero.artifact import Artifact, create, open_artifact
 from criadero.errors import UserError
 from criadero.trust.grams import BLOCK, GRAM, PROBES, blocks_for, filter_of, interleave
@@ -97,7 +98,8 @@ def dataset_of(tokens: Artifact, given: str) -> Path | None:
                 )
             return data.path
         # a recipe's path is relative to where it was run; a pipeline's folders stand side by side
-        for place in (Path(str(one.get("locator"))), tokens.path.parent / Path(str(one.get("locator"))).name):
+        where = places.find(str(one.get("locator")))
+        for place in (where, tokens.path.parent / where.name):
             try:
                 found = open_artifact(place)
                 if found.id == one["id"] and found.kind == "dataset":

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from criadero import places
 from criadero.artifact import Artifact, Input, create, open_artifact, verify
 from criadero.errors import UserError
 from criadero.trust.licence_names import key_of, recognise, table, title_of
@@ -92,7 +93,7 @@ def _keep_base(old: Path, out: Path, folder: Path) -> None:
     config = json.loads(file.read_text(encoding="utf-8"))
     base = config.get("base_model_name_or_path")
     if base and not os.path.isabs(base) and (old / base).exists():
-        config["base_model_name_or_path"] = os.path.relpath(old / base, out.absolute())
+        config["base_model_name_or_path"] = places.from_folder(old / base, out)
         file.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
@@ -155,8 +156,8 @@ def _places(old: Artifact, texts: Path | None) -> Iterator[tuple[Path, bool]]:
             raise UserError(f"--texts {texts}: there is no such folder; name one with licence texts")
         folders.append((texts, "**/*"))
     rows: list[dict[str, Any]] = [row for one in (old.passport, *old.ancestors()) for row in one.get("inputs") or []]
-    folders += [(Path(row["locator"]), "[Ll][Ii][Cc][Ee]*") for row in rows if row.get("locator")]
-    folders += [(Path(row["locator"]) / "LICENSES", "*") for row in rows if row.get("locator")]
+    folders += [(places.find(row["locator"]), "[Ll][Ii][Cc][Ee]*") for row in rows if row.get("locator")]
+    folders += [(places.find(row["locator"]) / "LICENSES", "*") for row in rows if row.get("locator")]
     used = len(folders)
     package = Path(__file__).resolve().parents[2]
     folders += [(package, "LICENSE"), (package, "criadero-*.dist-info/licenses/LICENSE")]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from criadero import places
 from criadero.artifact import Artifact, read_passport, resolve
 from criadero.errors import UserError
 from criadero.trust.licence_names import id_of, keys_of, read_licence, recognise, table
@@ -70,7 +71,7 @@ def _beside(graph: Graph, passports: Sequence[Mapping[str, Any]]) -> Iterator[No
         node = graph.nodes.get(row["id"])
         if node is None or node.licences or node.inputs or not row.get("locator"):
             continue
-        folder = Path(str(row["locator"]))
+        folder = places.find(str(row["locator"]))
         if folder.is_dir() and (said := sorted({text for _, text in stated_licences(_texts(folder))})):
             yield replace(node, licences=tuple(said), modalities=_modalities(folder), read_from=str(folder))
 
