@@ -52,6 +52,11 @@ def page(note: str, table: Callable[[tuple[str, ...], Sequence[tuple[str, ...]]]
         lines += [f"## {endpoint}", "", *table(("parameter", "", "what it does, or why not", "proved by"), rows)]
         if (TESTS / tests).is_file():
             lines += [f"Tested in [`tests/{tests}`](../../tests/{tests}).", ""]
+    lines += [
+        "## Query parameters", "",
+        "Of these addresses; others take none. A name that is not here is a 400, and so is one that stands twice, unless it is a list.", "",
+    ]  # fmt: skip
+    lines += table(("address", "parameter", "what it does"), queries())
     lines += ["## Limits", "", "What is above one is a 4xx that names it.", ""]
     defaults = [
         (f"`{one.name}`", f"{one.default:,}" if one.default is not None else "none")
@@ -69,6 +74,19 @@ def page(note: str, table: Callable[[tuple[str, ...], Sequence[tuple[str, ...]]]
     ]
     lines += ["## Proved by", "", *table(("outside suite", "run by"), proofs)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def queries() -> list[tuple[str, ...]]:
+    """(address, parameter, what it does) of every query parameter, and of those that every address takes."""
+    from criadero.serve import health, page_api, query, responses
+
+    found = [
+        (f"`{' '.join(sorted(route.methods))} {route.path}`", f"`{name}`", info.description or "")
+        for router in (health.router, responses.router, page_api.router)
+        for route in router.routes
+        for name, info in query.parameters(route)[0].items()
+    ]
+    return [*found, *(("every address", f"`{name}`", f"without effect: {why}") for name, why in query.IGNORED.items())]
 
 
 def shown(suites: list[str]) -> str:

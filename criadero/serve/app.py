@@ -11,7 +11,7 @@ import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -39,6 +39,7 @@ from criadero.serve.keys import Key, find_key, sent_key
 from criadero.serve.metrics import Metrics
 from criadero.serve.models import Pool
 from criadero.serve.params import of_validation
+from criadero.serve.query import check_query, with_ignored
 from criadero.serve.run import Service, Store
 from criadero.serve.settings import Settings
 from criadero.serve.spec import App
@@ -84,16 +85,10 @@ def make_app(
     app.state.service, app.state.settings, app.state.store = service, settings, store
     app.state.models, app.state.metrics = service.pool, service.metrics
     app.include_router(pages.router)
-    app.include_router(health.router)
-    app.include_router(openai_chat.router)
-    app.include_router(openai_completions.router)
-    app.include_router(embeddings.router)
-    app.include_router(tokenize.router)
-    app.include_router(page_api.router)
-    app.include_router(page_answers.router)
-    app.include_router(responses.router)
-    app.include_router(anthropic.router)
-    app.include_router(traces.router)
+    for api in (
+        health, openai_chat, openai_completions, embeddings, tokenize, page_api, page_answers, responses, anthropic, traces,
+    ):  # fmt: skip
+        app.include_router(api.router, dependencies=[Depends(check_query)])
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(UserError, _user_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
@@ -207,6 +202,8 @@ class Gate:
                 for name, value in SECURITY.items():
                     headers.setdefault(name, value)
                 headers["X-Request-Id"] = state["request_id"]
+                if said := state.get("ignored_query"):
+                    headers["X-Criadero-Ignored"] = with_ignored(headers.get("X-Criadero-Ignored"), said)
                 if scope["path"].startswith(("/v1", "/api", "/metrics", "/tokenize", "/detokenize")):
                     headers.setdefault("Cache-Control", "no-store")
             await send(message)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import datetime
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from starlette.responses import JSONResponse, Response
 
 from criadero.serve.common import service_of
+from criadero.serve.errors import ApiError
 from criadero.serve.models import Entry
 
 router = APIRouter()
+Lifecycle = Literal["active", "deprecated", "retired"]
 
 
 @router.get("/health")
@@ -35,11 +37,31 @@ async def ready(request: Request) -> Response:
 
 
 @router.get("/v1/models")
-async def models(request: Request) -> dict[str, Any]:
-    """All models and adapters that a request may name."""
+async def models(
+    request: Request,
+    limit: Annotated[int | None, Query(ge=1, le=1000, description="so many at most; default: all")] = None,
+    after_id: Annotated[str | None, Query(max_length=256, description="those behind this model")] = None,
+    before_id: Annotated[str | None, Query(max_length=256, description="those before it")] = None,
+    lifecycle: Annotated[
+        list[Lifecycle] | None, Query(alias="lifecycle[]", description="models of these stages; all here are active")
+    ] = None,
+) -> dict[str, Any]:
+    """All models and adapters that a request may name, or a page of them."""
     found = [as_dict(entry) for entry in service_of(request).pool.listed()]
+    if lifecycle is not None and "active" not in lifecycle:
+        found = []
+    names = [one["id"] for one in found]
+    for name, id in (("after_id", after_id), ("before_id", before_id)):
+        if id is not None and id not in names:
+            raise ApiError(400, "invalid_value", f"{name} names no model of this list", f"query.{name}")
+    begin = 0 if after_id is None else names.index(after_id) + 1
+    end = len(found) if before_id is None else names.index(before_id)
+    found = found[begin:end]
+    backwards = before_id is not None and after_id is None
+    page = found[-(limit or len(found)) :] if backwards else found[:limit]
     return {
-        "object": "list", "data": found, "has_more": False, "first_id": found[0]["id"], "last_id": found[-1]["id"],
+        "object": "list", "data": page, "has_more": len(page) < len(found),
+        "first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None,
     }  # fmt: skip
 
 

@@ -138,9 +138,9 @@ async def models(request: Request) -> Response:
 @router.get("/chats")
 async def chats(
     request: Request,
-    query: Annotated[str, Query(max_length=1000)] = "",
-    before: Annotated[str | None, Query(max_length=64)] = None,
-    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    query: Annotated[str, Query(max_length=1000, description="words to look for")] = "",
+    before: Annotated[str | None, Query(max_length=64, description="what `next` said")] = None,
+    limit: Annotated[int, Query(ge=1, le=200, description="so many at most")] = 50,
 ) -> Response:
     """The latest chats, or those that hold the words of ``query``."""
     try:
@@ -225,9 +225,9 @@ def _one_line(text: str) -> str:
 async def context(
     id: str,
     request: Request,
-    leaf: Annotated[str | None, Query(max_length=80)] = None,
-    model: Annotated[str, Query(max_length=256)] = "",
-    max_tokens: Annotated[int, Query(ge=1, le=LIMITS.max_tokens)] = ANSWER,
+    leaf: Annotated[str | None, Query(max_length=80, description="the last message")] = None,
+    model: Annotated[str, Query(max_length=256, description="empty: the default one")] = "",
+    max_tokens: Annotated[int, Query(ge=1, le=LIMITS.max_tokens, description="room for the answer")] = ANSWER,
 ) -> Response:
     """How full a model's context is with the messages up to ``leaf``, and which of them it would no longer see.
 

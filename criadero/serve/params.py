@@ -116,6 +116,8 @@ def of_validation(errors: Sequence[ErrorDetails | Any], names: Sequence[str] = (
 
 def path_of(place: Sequence[str | int]) -> str:
     """``("body", "messages", 0, "str")`` as ``messages[0]``: names of a union's members are left out."""
+    if place[:1] == ("query",):
+        return ".".join(map(str, place[:2]))[:200]
     text = ""
     for part in place[1:] if place and place[0] == "body" else place:
         if isinstance(part, int):

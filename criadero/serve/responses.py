@@ -19,6 +19,7 @@ from criadero.serve.common import json_response, key_of, respond, service_of
 from criadero.serve.errors import ApiError, of_user_error
 from criadero.serve.openai_chat import JsonSchema, ResponseFormat, schema_of
 from criadero.serve.params import LIMITS, Body, Sampling, check_limits, honoured, refused, reported
+from criadero.serve.query import report
 from criadero.serve.response_items import AnswerItems, Item, items_of, messages_from, new_item
 from criadero.serve.run import Run, begin_chat
 from criadero.serve.settings import Limits
@@ -351,12 +352,18 @@ async def _kept(id: str, request: Request) -> dict[str, Any]:
 async def retrieve(
     id: str,
     request: Request,
-    include: Annotated[list[Includable] | None, Query()] = None,
-    stream: bool = False,
+    include: Annotated[list[Includable] | None, Query(description="without effect: it is as it was made")] = None,
+    included: Annotated[list[Includable] | None, Query(alias="include[]", description="the same")] = None,
+    stream: Annotated[bool, Query(description="refused when true: the response is whole")] = False,
+    starting_after: Annotated[int | None, Query(description="refused: it is for streams")] = None,
+    include_obfuscation: Annotated[bool | None, Query(description="without effect: it is for streams")] = None,
 ) -> Response:
     """A response that was kept."""
-    if stream:
-        raise ApiError(400, "unsupported_parameter", "stream is not supported: the response is whole", "stream")
+    for name, given in (("stream", stream), ("starting_after", starting_after is not None)):
+        if given:
+            raise ApiError(400, "unsupported_parameter", f"{name} is not supported: the response is whole", name)
+    without_effect = {"include": include, "include[]": included, "include_obfuscation": include_obfuscation}
+    report(request, *(name for name, given in without_effect.items() if given is not None))
     return json_response((await _kept(id, request))["body"])
 
 
@@ -384,11 +391,14 @@ async def cancel(id: str, request: Request) -> Response:
 async def input_items(
     id: str,
     request: Request,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    order: Literal["asc", "desc"] = "desc",
-    after: Annotated[str | None, Query(max_length=128)] = None,
+    limit: Annotated[int, Query(ge=1, le=100, description="so many at most")] = 20,
+    order: Annotated[Literal["asc", "desc"], Query(description="oldest or newest first")] = "desc",
+    after: Annotated[str | None, Query(max_length=128, description="those behind this item")] = None,
+    include: Annotated[list[Includable] | None, Query(description="without effect: items are whole")] = None,
+    included: Annotated[list[Includable] | None, Query(alias="include[]", description="the same")] = None,
 ) -> Response:
     """The items that a response was given, those of the responses before it too."""
+    report(request, *(name for name, given in (("include", include), ("include[]", included)) if given is not None))
     found = await _kept(id, request)
     before = await _before(found["previous"], request) if found["previous"] else []
     items: Sequence[dict[str, Any]] = [*before, *found["input"]]
