@@ -68,6 +68,15 @@ def serve(
         Path | None,
         typer.Option("--pubkey", help="and when they are signed with this key (implies --require-passport)"),
     ] = None,
+    guard: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--guard",
+            metavar="INDEX",
+            help="end an answer that copies what may not be copied of this index of a model's data; once for each index",
+        ),
+    ] = None,
+    guard_tokens: Annotated[int, typer.Option(help="the longest run that --guard lets pass, in tokens")] = 50,
     otel: Annotated[
         bool | None,
         typer.Option(
@@ -89,7 +98,7 @@ def serve(
         memory=None if memory is None else bytes_of(memory), idle_unload=idle_unload, sequences=sequences, threads=threads,
         limits=Limits(queue=queue), allowed_hosts=tuple(allow_host or ()), require_key=require_key, keep_prompts=keep_prompts,
         drain_seconds=drain, require_passport=require_passport or pubkey is not None, pubkey=pubkey,
-        key_hashes=(hash_key(secret),) if secret else (),
+        key_hashes=(hash_key(secret),) if secret else (), guard=tuple(guard or ()), guard_tokens=guard_tokens,
     )  # fmt: skip
     if adapters is not None and not adapters.is_dir():
         raise UserError(f"--adapters {adapters}: there is no such folder")
@@ -140,6 +149,10 @@ def run(settings: Settings, *, open_page: bool, otel: bool | None = None) -> Non
             address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             app = make_app(settings, store=store, pool=pool, telemetry=telemetry)
             print(*describe(pool), sep="\n", flush=True)
+            for index in settings.guard:
+                print(
+                    f"guard: answers end where they copy more than {settings.guard_tokens} tokens that may not be copied of {index}"
+                )
 
             def started() -> None:
                 keyed = "" if not key_required(settings) else "  (with a key)"

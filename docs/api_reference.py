@@ -65,6 +65,14 @@ def page(note: str, table: Callable[[tuple[str, ...], Sequence[tuple[str, ...]]]
     lines += table(("limit", "default"), defaults)
     lines += ["## The `criadero` block", "", "In every answer, and in the last piece of a stream:", ""]
     lines += table(("field", "what it says"), _block())
+    lines += [
+        "## The guard", "",
+        "With `criadero serve --guard INDEX` an answer ends at the token with which it has copied more than `--guard-tokens` tokens of "
+        "training text whose licence forbids that. The finish reason is `content_filter` for chats and completions, `incomplete` with the "
+        "reason `content_filter` for responses, `refusal` for messages, and `guard` in receipts, metrics and spans. The header "
+        "`X-Criadero-Guard` says `on`, or `stopped` when the answer is whole; a stream tells it in its last piece, in "
+        "the `criadero` block.", "",
+    ]  # fmt: skip
     lines += ["## Errors", "", '`{"error": {"message", "type", "param", "code"}}`; the codes do not change.', ""]
     lines += table(("code", "status"), _codes())
     proofs = [
@@ -107,6 +115,11 @@ def _block() -> list[tuple[str, ...]]:
         ("`queue_ms`", "how long it waited for a slot"),
         ("`ignored`", "parameters without effect"),
         ("`seed`", "the one that was used: it gives the same answer again"),
+        (
+            "`guard`",
+            "null without `--guard`; else the index, how many of its tokens may be copied, and in `stopped` each choice that ended there, "
+            "with the document and its licence",
+        ),
         (
             "`receipt`",
             "an id for `criadero replay`, whether it was kept, and SHA-256 hashes of weights, template and adapter",

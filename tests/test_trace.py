@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
+from copier import make as make_copier
 from test_trace_index import brute, brute_longest, index_of, some_texts
 
 from criadero import terminal
 from criadero.artifact import bundled_models, create
-from criadero.chat import Message
 from criadero.data.build import DataRecipe, JsonlWriter, Source, as_row, build_data
 from criadero.data.documents import Document
 from criadero.data.pack import TokensRecipe, build_tokens
@@ -395,30 +394,7 @@ def test_the_last_answer_is_kept_for_the_user_alone(tmp_path: Path, monkeypatch:
 
 @pytest.fixture(scope="module")
 def copier(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[int]]:
-    """A chat model with random weights, an index whose first document is what it answers to "Hi", and the tokens of that."""
-    root = tmp_path_factory.mktemp("copier")
-    plain = tiny.base(root / "plain")
-    llm = LLM(plain)
-    asked: list[Message] = [{"role": "user", "content": "Hi"}]
-    said = llm.answer(asked, max_tokens=40, temperature=0.0).ids
-    bos, eos = llm.tokenizer.bos_id, llm.tokenizer.eos_id
-    with create(root / "tokens", kind="tokens", config={}) as draft:
-        np.asarray([bos, *said, eos], "<u2").tofile(draft.path / "train.bin")
-        np.save(draft.path / "train.docs.npy", np.asarray([[0, len(said) + 2, 0]], np.uint64))
-        llm.tokenizer.save(draft.path)
-        about = {
-            "dtype": "uint16",
-            "vocab_size": llm.tokenizer.vocab_size,
-            "sources": [{"name": "own", "lang": "en", "kind": "text"}],
-        }
-        (draft.path / "tokens.json").write_text(json.dumps(about))
-        draft.data["by_source"] = [{"name": "own", "licence": "CC-BY-NC-4.0"}]
-    build_index(IndexRecipe(str(root / "tokens")), root / "index")
-    with create(root / "model", kind="chat", config={}) as draft:
-        for file in plain.iterdir():
-            (draft.path / file.name).write_bytes(file.read_bytes())
-        draft.add_input("trained_on", root / "tokens")
-    return root / "model", root / "index", said
+    return make_copier(tmp_path_factory.mktemp("copier"))
 
 
 def test_a_guarded_chat_stops_where_it_copies(copier: tuple[Path, Path, list[int]]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from criadero.errors import UserError
 
-FinishReason = Literal["stop", "length", "context", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "context", "cancelled", "error", "guard"]  # the last: whoever watches ended it
 
 # what one request may ask for at most: what is larger is a mistake or an attack
 MOST_SAMPLES = 128

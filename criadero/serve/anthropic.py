@@ -321,7 +321,7 @@ class _Answer:
     def _stopped(self, sample: Sample) -> dict[str, Any]:
         """Why it ended, in Anthropic's words."""
         by = sample.stopped_by if isinstance(sample.stopped_by, str) else None
-        words = {"length": "max_tokens", "context": "model_context_window_exceeded"}
+        words = {"length": "max_tokens", "context": "model_context_window_exceeded", "guard": "refusal"}
         reason = words.get(str(sample.finish_reason)) or ("stop_sequence" if by is not None else "end_turn")
         if reason == "end_turn" and self.reader is not None and self.reader.calls:
             reason = "tool_use"

@@ -35,6 +35,7 @@ from criadero.serve import (
 )
 from criadero.serve.admission import Admission
 from criadero.serve.errors import ApiError, of_user_error
+from criadero.serve.guarding import opener
 from criadero.serve.keys import Key, find_key, sent_key
 from criadero.serve.metrics import Metrics
 from criadero.serve.models import Pool
@@ -98,12 +99,13 @@ def make_app(
 
 
 def make_pool(settings: Settings) -> Pool:
-    """The models of ``settings``, their passports checked first where that is asked for."""
+    """The models of ``settings``, their passports checked first where that is asked for, and their guards' indexes opened."""
+    guard = opener(settings.guard, settings.guard_tokens) if settings.guard else None
     if not (settings.require_passport or settings.pubkey):
-        return Pool(settings)
+        return Pool(settings, guard=guard)
     from criadero.trust.verify import require
 
-    return Pool(settings, lambda ref: require(ref, pubkey=settings.pubkey))
+    return Pool(settings, lambda ref: require(ref, pubkey=settings.pubkey), guard)
 
 
 async def _warm(service: Service) -> None:

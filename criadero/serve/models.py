@@ -27,6 +27,7 @@ from criadero.engine.llm import LLM
 from criadero.errors import UserError
 from criadero.merkle import sha256_file
 from criadero.serve.errors import ApiError, public
+from criadero.serve.guarding import Guarding
 from criadero.serve.settings import Settings
 from criadero.serve.worker import Worker
 
@@ -68,6 +69,7 @@ class Entry:
     adapter_sha256: str | None = None
     adapter_loaded: bool = False
     problem: str = ""  # why it could not be loaded
+    guarding: Guarding | None = None
 
     @property
     def loaded(self) -> bool:
@@ -108,9 +110,11 @@ class Entry:
 class Pool:
     """All entries of a server. Its coroutines belong to one event loop."""
 
-    def __init__(self, settings: Settings, require: Callable[[str], object] | None = None) -> None:
-        """Looks at every model, loads none. UserError: a name that is no model, or that two have, or that cannot fit."""
-        self.settings = settings
+    def __init__(
+        self, settings: Settings, require: Callable[[str], object] | None = None, guard: Callable[[Path], Guarding] | None = None
+    ) -> None:  # fmt: skip
+        """Looks at every model, loads none. UserError: a name that is no model, or that two have, or that cannot fit or be guarded."""
+        self.settings, self._guard = settings, guard
         self._require = require  # checks a passport before a model is opened
         self.entries: dict[str, Entry] = {}
         self._bodies: dict[Path, Body] = {}
@@ -142,6 +146,7 @@ class Pool:
         else:
             entry = Entry(name, path, self._body(path, str(ref)))
         self._describe(entry)
+        entry.guarding = None if self._guard is None else self._guard(path)
         self.entries[name] = entry
         return entry
 

@@ -276,6 +276,8 @@ def reason_of(reason: str | None, called: bool) -> str | None:
     """OpenAI's word."""
     if reason in ("length", "context"):
         return "length"
+    if reason == "guard":
+        return "content_filter"
     return "tool_calls" if called and reason == "stop" else reason
 
 

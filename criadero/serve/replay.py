@@ -21,6 +21,7 @@ from criadero.engine.request import Request, sampling_params
 from criadero.errors import UserError
 from criadero.serve.models import weights_sha256
 from criadero.serve.run import ids_sha256
+from criadero.tokenizer import StreamDecoder
 
 
 @dataclass(frozen=True)
@@ -91,15 +92,14 @@ def replay(
         before = (receipt.get("answer_ids") or [None] * len(hashes))[sample.index]
         ended = (receipt.get("finish_reasons") or [None] * len(hashes))[sample.index]
         these = sample.ids
-        if ended in ("cancelled", "error"):  # as far as it had come
-            length = (
-                len(before)
-                if before is not None
-                else receipt["usage"]["completion"]
-                if len(hashes) == 1
-                else len(these)
-            )
-            these = these[:length]
+        if ended in ("cancelled", "error", "guard"):  # as far as it had come
+            lengths = receipt.get("answer_tokens")  # receipts of before have none
+            if lengths is None:
+                lengths = [receipt["usage"]["completion"]] if len(hashes) == 1 else [None] * len(hashes)
+            these = these[: len(before) if before is not None else lengths[sample.index]]
+        if ended == "guard":  # what it kept back is not given now either
+            decoder = StreamDecoder(llm.tokenizer)
+            sample.ids, sample.text = these, "".join(map(decoder.push, these))
         if ids_sha256(these) != whole:
             same = False
             if first is None and before is not None:

@@ -282,9 +282,11 @@ class _Answer:
     async def _ended(self) -> dict[str, Any]:
         """The response with its end, kept if it is to be."""
         out, complete = self.body_out, self._complete()
+        guarded = self.run.result.samples[0].finish_reason == "guard"
+        why = None if complete else {"reason": "content_filter" if guarded else "max_output_tokens"}
         out |= {
             "status": "completed" if complete else "incomplete", "completed_at": int(time.time()) if complete else None,
-            "incomplete_details": None if complete else {"reason": "max_output_tokens"}, "output": self.answer.output,
+            "incomplete_details": why, "output": self.answer.output,
             "usage": _usage(self.run.result.usage), "criadero": await self.run.finish(),
         }  # fmt: skip
         if self.store is not None:

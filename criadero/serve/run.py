@@ -130,6 +130,8 @@ class Run:
         params = self.request.params
         self._building = Building(1 if self.request.pooling else params.n, len(self.dropped))
         self.result = self._building.result()
+        guarding = None if self.request.pooling else self.entry.guarding
+        self.watch = None if guarding is None else guarding.watch()
         self._channel = Channel(asyncio.get_running_loop())
         self.arrived = time.monotonic()
         self.started: float | None = None
@@ -184,7 +186,11 @@ class Run:
         while not self.done:
             event = await self._channel.get(seconds)
             if isinstance(event, Output):
+                if self.watch is not None:
+                    event = self.watch.look(event)
                 self._took(event)
+                if self.watch is not None and self.watch.over(self.request.params.n):
+                    self.cancel()
             elif isinstance(event, Started):
                 self.started = event.at
                 self.waiting = None
@@ -279,6 +285,8 @@ class Run:
     def headers(self) -> dict[str, str]:
         """For its response."""
         found = dict(self._ticket.headers) if self._ticket else {}
+        if self.watch is not None:
+            found["X-Criadero-Guard"] = "stopped" if self.watch.stopped else "on"
         if self.ignored:
             shown = self.ignored[:20]  # clients bound a header's length; the block has all
             found["X-Criadero-Ignored"] = ", ".join(shown) + (", ..." if len(shown) < len(self.ignored) else "")
@@ -314,7 +322,7 @@ class Run:
                 "dropped_messages": len(self.dropped), "dropped": list(self.dropped), "policy": self.policy,
             },
             "cached_tokens": usage.cached, "queue_ms": self.queue_ms, "ignored": list(self.ignored),
-            "seed": self.request.params.seed,
+            "seed": self.request.params.seed, "guard": None if self.watch is None else self.watch.as_dict(),
             "receipt": {
                 "id": self.receipt_id, "kept": kept, "model": entry.base or entry.name, "weights_sha256": entry.body.weights_sha256,
                 "template_sha256": entry.template_sha256, "adapter": entry.name if entry.adapter else None,
@@ -334,6 +342,8 @@ class Run:
             "continues": self.request.continues, "pooling": self.request.pooling, "usage": dataclasses.asdict(self.result.usage),
             "finish_reasons": [sample.finish_reason for sample in self.result.samples],
             "prompt_sha256": ids_sha256(self.request.prompt), "answers_sha256": [ids_sha256(ids) for ids in answers],
+            "answer_tokens": [len(ids) for ids in answers],
+            "guard": None if self.watch is None else self.watch.as_dict(),
         }  # fmt: skip
         if self.keep or self.service.settings.keep_prompts:
             found |= {"prompt_ids": list(self.request.prompt), "answer_ids": answers}

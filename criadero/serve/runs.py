@@ -22,8 +22,12 @@ class Runs:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Of the last, which has the latest counts."""
-        return self.all[-1].headers
+        """Of the last, which has the latest counts; and whether a guard has stopped any."""
+        found = [run.headers for run in self.all]
+        guard = (
+            {"X-Criadero-Guard": "stopped"} if any(one.get("X-Criadero-Guard") == "stopped" for one in found) else {}
+        )
+        return found[-1] | guard
 
     def gone(self) -> None:
         """The client went away."""

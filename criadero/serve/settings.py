@@ -55,6 +55,8 @@ class Settings:
     pubkey: Path | None = None
     memory: int | None = None
     idle_unload: float | None = None
+    guard: tuple[str, ...] = ()  # indexes of training data: an answer ends where it copies what may not be copied
+    guard_tokens: int = 50
     sequences: int = 16
     chunk: int = 512
     threads: int | None = None

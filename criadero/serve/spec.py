@@ -44,7 +44,7 @@ MODEL = _object(
     id=TEXT, object=_only("model"), created=COUNT, owned_by=TEXT, type=_only("model"), display_name=TEXT, created_at=TEXT,
     lifecycle=_only("active"), criadero=BLOCK,
 )  # fmt: skip
-_REASON = _or_null(_only("stop", "length", "tool_calls"))
+_REASON = _or_null(_only("stop", "length", "tool_calls", "content_filter"))
 _CHAT_MESSAGE = _object(role=_only("assistant"), content=_or_null(TEXT), refusal=_or_null(TEXT))
 # the answers of addresses that programs use
 ANSWERS: dict[tuple[str, str], Schema] = {

@@ -126,6 +126,8 @@ def attributes(run: Run, operation: str) -> dict[str, Any]:
         "gen_ai.request.frequency_penalty": float(params.frequency_penalty),
         "gen_ai.request.presence_penalty": float(params.presence_penalty),
     }  # fmt: skip
+    if run.watch is not None:
+        found["criadero.guard.stopped"] = len(run.watch.stopped)
     if params.seed is not None and params.seed < 2**63:  # OTLP's whole numbers have a sign
         found["gen_ai.request.seed"] = params.seed
     return found
