@@ -20,7 +20,8 @@ from criadero.checkpoints import load_frozen, load_model
 from criadero.engine.llm import LLM
 from criadero.errors import UserError
 from criadero.run import make
-from criadero.train import fast, sft
+from criadero.train import fast
+from criadero.train.optim import Optimizer
 
 IDS = torch.randint(0, 280, (2, 17), generator=torch.Generator().manual_seed(3))
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -33,31 +34,44 @@ METHODS: dict[str, dict[str, Any]] = {
     "qlora4": {"method": "qlora", "base": "int4"},
     "qlora8": {"method": "qlora", "base": "int8"},
     "full": {"method": "full", "lr": 5e-3},
+    "text": {"data": "texts", "train_on": "text", "max_length": 64},
+    "distil": {"data": "lesson", "base": "student", "method": "full", "lr": 1e-2},
 }
+CHATS = [name for name in METHODS if name not in ("text", "distil")]
 if fast.compiled():
     METHODS |= {
         "lora, int8 products": {"base_matmul": "int8"},
         "lora, exact products": {"base_matmul": "exact"},
         "qlora4, exact products": {"method": "qlora", "base": "int4", "base_matmul": "exact"},
+        "distil, int8 products": {"data": "lesson", "base": "student", "base_matmul": "int8"},
     }
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """base, int4 and int8 of it, and shop.jsonl."""
+    """base, int4 and int8 of it, a student; shop.jsonl, texts/, and a lesson: what the base says to the shop's chats."""
     folder = tmp_path_factory.mktemp("methods")
-    with create(folder / "base", kind="base", config={}) as draft:
-        tiny.base(draft.path, intermediate_size=64)
+    for name, changes in (("base", {"intermediate_size": 64}), ("student", {"num_hidden_layers": 1})):
+        with create(folder / name, kind="base", config={}) as draft:
+            tiny.base(draft.path, **changes)
     for bits in ("int4", "int8"):
         values = {"model": str(folder / "base"), "to": bits, "group": 32, "method": "rtn"}
         make("quantize", values, folder / bits)
     tiny.write_chats(folder / "shop.jsonl", 40)
+    (folder / "texts").mkdir()
+    for n in range(12):
+        (folder / "texts" / f"{n}.txt").write_text(f"Number {n}. " + " ".join(tiny.LINES))
+    values = {"teacher": str(folder / "base"), "data": str(folder / "shop.jsonl"), "top_k": 16, "dtype": "float32"}
+    make("logits", values, folder / "lesson")
     return folder
 
 
 def settings(bases: Path, name: str, **more: Any) -> dict[str, Any]:
     values = QUICK | METHODS[name] | more
-    return values | {"base": str(bases / values.get("base", "base")), "data": str(bases / "shop.jsonl")}
+    return values | {
+        "base": str(bases / values.get("base", "base")),
+        "data": str(bases / values.get("data", "shop.jsonl")),
+    }
 
 
 def result(folder: Path) -> dict[str, torch.Tensor]:
@@ -82,7 +96,7 @@ def logits(model: Any) -> torch.Tensor:
     return getattr(out, "logits", out).float()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CHATS)
 def test_every_method_learns_and_answers(name: str, tuned: Callable[[str], Path]) -> None:
     made = open_artifact(tuned(name))
     assert verify(made.path) == []
@@ -95,34 +109,78 @@ def test_every_method_learns_and_answers(name: str, tuned: Callable[[str], Path]
 
 @pytest.mark.parametrize("name", METHODS)
 def test_same_seed_same_bytes(name: str, bases: Path, tuned: Callable[[str], Path], tmp_path: Path) -> None:
-    make("sft", settings(bases, name), tmp_path / "again")
-    file = "model.safetensors" if name == "full" else "adapter_model.safetensors"
+    made = make("sft", settings(bases, name), tmp_path / "again")
+    file = "adapter_model.safetensors" if made.kind == "adapter" else "model.safetensors"
     assert (tmp_path / "again" / file).read_bytes() == (tuned(name) / file).read_bytes()
+
+
+def cut_off(values: dict[str, Any], out: Path, step: int = 4) -> None:
+    """A run that Ctrl-C ends after ``step``."""
+    original, calls = Optimizer.step, []
+
+    def update(*args: Any, **kwargs: Any) -> float:
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Optimizer, "step", update)
+        with pytest.raises(KeyboardInterrupt):
+            make("sft", values, out)
+    points = (out.with_name(out.name + ".partial") / "resume").glob("step-*")
+    assert [path.name for path in points] == [f"step-{step:08d}"]
+
+
+def assert_same(made: Path, wanted: Path) -> None:
+    lines = (made / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1))
+    mine, theirs = result(made), result(wanted)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_cut_off_and_gone_on_with_ends_bit_for_bit_the_same(
-    name: str, bases: Path, tuned: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, bases: Path, tuned: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    original, calls = sft.next_token_loss, []
+    cut_off(settings(bases, name), tmp_path / "again")
+    assert_same(make("sft", settings(bases, name), tmp_path / "again").path, tuned(name))
 
-    def loss(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 9:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(*args, **kwargs)
 
-    monkeypatch.setattr(sft, "next_token_loss", loss)
-    with pytest.raises(KeyboardInterrupt):
-        make("sft", settings(bases, name), tmp_path / "again")
-    assert list((tmp_path / "again.partial" / "resume").glob("step-*"))
-    monkeypatch.undo()
-    made = make("sft", settings(bases, name), tmp_path / "again")
-    lines = (made.path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1))
-    mine, wanted = result(made.path), result(tuned(name))
-    assert mine.keys() == wanted.keys()
-    assert all(torch.equal(mine[key], wanted[key]) for key in wanted)
+@pytest.mark.skipif(not fast.compiled(), reason="int8 products need the compiled kernels")
+@pytest.mark.parametrize(("began", "went_on"), [(True, False), (False, True)])
+def test_auto_goes_on_with_the_products_that_a_run_began_with(
+    began: bool, went_on: bool, bases: Path, tuned: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A run is moved to a processor that auto would have chosen otherwise for."""
+    values = settings(bases, "lora_plus") | {"lora_plus": 1.0, "lr": QUICK["lr"]}
+    monkeypatch.setattr(fast, "int8_is_fast", lambda: began)
+    cut_off(values, tmp_path / "again")
+    monkeypatch.setattr(fast, "int8_is_fast", lambda: went_on)
+    capfd.readouterr()
+    made = make("sft", values, tmp_path / "again")
+    how = "int8" if began else "exact"
+    assert made.passport["step"]["derived"]["base_matmul"] == how
+    assert_same(made.path, tuned(f"lora, {how} products"))
+    assert "goes on with" not in capfd.readouterr().err
+
+
+@pytest.mark.skipif(not fast.compiled(), reason="int8 products need the compiled kernels")
+def test_products_that_a_run_cannot_go_on_with_are_said(
+    bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    values = settings(bases, "lora") | {"lora_dropout": 0.0, "base_matmul": "auto"}
+    monkeypatch.setattr(fast, "int8_is_fast", lambda: True)
+    cut_off(values, tmp_path / "again")
+    monkeypatch.setattr(fast, "obstacle", lambda model: "without compiled kernels")
+    capfd.readouterr()
+    made = make("sft", values, tmp_path / "again")
+    assert made.passport["step"]["derived"]["base_matmul"] == "exact"
+    said = " ".join(capfd.readouterr().err.split())
+    assert said.count("goes on with") == 1
+    assert "goes on with base_matmul exact (before: int8): it will end close to where an unbroken run ends" in said
 
 
 @pytest.mark.skipif(fast.compiled(), reason="the compiled kernels are here")

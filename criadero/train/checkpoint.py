@@ -65,6 +65,14 @@ def resumed_dtype(folder: Path, wanted: str) -> str:
     return str((found[0].get("about") or {}).get("dtype", "torch.auto")).removeprefix("torch.")
 
 
+def resumed_matmul(folder: Path, wanted: str) -> str:
+    """As `resumed_dtype`, for ``base_matmul``: ``auto`` goes on as the run began, also on a processor that would choose otherwise."""
+    found = latest(folder)
+    if wanted != "auto" or found is None:
+        return wanted
+    return str((found[0].get("computed_by") or {}).get("base_matmul", "auto"))
+
+
 def load(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a state found by `latest`."""
     return load_file(path / "state.safetensors")

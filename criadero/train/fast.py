@@ -66,7 +66,7 @@ def describe(model: Llama) -> str:
     if reason is not None:
         return f"PyTorch's own kernels ({reason})"
     how = ""
-    if any(isinstance(module, LoraLinear) for module in model.modules()):
+    if has_adapters(model):
         how = f", the base multiplied {'in int8' if multiplies_in_int8(model) else 'exactly'}"
     return f"compiled training kernels ({level()}){how}"
 
@@ -78,6 +78,17 @@ def int8_is_fast() -> bool:
         return False
     by_level = {"avx512": {"avx512_vnni"}, "avx2": {"avx_vnni"}, "neon": {"neon_dot"}}
     return bool(by_level.get(level(), set()) & set(module.features()))
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether products of bfloat16 are computed as they are; elsewhere as float32, which rounds less."""
+    module = native()
+    return module is not None and level() == "avx512" and "avx512_bf16" in module.features()
+
+
+def has_adapters(model: Llama) -> bool:
+    """Whether adapters learn beside frozen weights."""
+    return any(isinstance(module, LoraLinear) for module in model.modules())
 
 
 def multiply_in_int8(model: Llama) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from criadero import kernels
 from criadero.errors import UserError
 from criadero.model import Llama
-from criadero.train import checkpoint
+from criadero.train import checkpoint, fast
 from criadero.train.batches import Batch
 from criadero.train.optim import Optimizer, learning_rate
 from criadero.train.progress import Progress
@@ -74,14 +74,15 @@ def train(
     """
     about = json.loads(json.dumps(about or {}))
     metrics_path, resume = folder / "metrics.jsonl", folder / "resume"
-    start, tokens, seconds, best, moved = _restore(optimizer, resume, about, metrics_path)
+    computed_by = _computed_by(model)
+    start, tokens, seconds, best, moved = _restore(optimizer, resume, about, computed_by, metrics_path)
     progress = Progress(label, plan.steps, start)
     saved = time.monotonic()
     last: dict[str, Any] = {}
 
     def save(steps: int) -> None:
         state = {"about": about, "tokens": tokens, "seconds": seconds, "optimizer_steps": optimizer.steps}
-        state["computed_by"] = _computed_by()
+        state["computed_by"] = computed_by
         state["best"] = {"step": best.step, "loss": best.loss if best.step else None, "since": best.since}
         kept = {BEST + name: tensor for name, tensor in best.weights.items()}
         checkpoint.save(resume, steps, optimizer.state() | kept, state)
@@ -203,13 +204,18 @@ class Best:
         return f"ended early after step {step}: {row} not below the held-out loss of step {self.step}, {self.loss:.4f}"
 
 
-def _computed_by() -> dict[str, str]:
-    """What the order of sums depends on, besides the settings."""
-    return {"threads": str(torch.get_num_threads()), "kernels": kernels.level(), "PyTorch": torch.__version__}
+def _computed_by(model: Llama) -> dict[str, str]:
+    """What rounding and the order of sums depend on, besides the settings. Two processors at the same level of the kernels need not
+    have the same instructions: hence what became of ``base_matmul = "auto"``, and how bfloat16 is multiplied."""
+    found = {"threads": str(torch.get_num_threads()), "kernels": kernels.level(), "PyTorch": torch.__version__}
+    found["bfloat16"] = "multiplied as it is" if fast.multiplies_bfloat16() else "multiplied as float32"
+    if fast.has_adapters(model):
+        found["base_matmul"] = "int8" if fast.multiplies_in_int8(model) else "exact"
+    return found
 
 
 def _restore(
-    optimizer: Optimizer, resume: Path, about: dict[str, Any], metrics: Path
+    optimizer: Optimizer, resume: Path, about: dict[str, Any], now: dict[str, str], metrics: Path
 ) -> tuple[int, int, float, Best, str]:
     """Load the newest resume point, if there is one, and cut ``metrics.jsonl`` back to it: (step, tokens, seconds, best, and
     in words what computes otherwise than before, or "")."""
@@ -238,7 +244,7 @@ def _restore(
         whole = metrics.with_name(metrics.name + ".tmp")
         whole.write_text("".join(kept), encoding="utf-8")
         whole.replace(metrics)  # at once: a kill here must not lose the lines
-    then, now = state.get("computed_by", {}), _computed_by()
+    then = state.get("computed_by", {})
     moved = ", ".join(f"{key} {now[key]} (before: {then[key]})" for key in now if then.get(key, now[key]) != now[key])
     return state["step"], state["tokens"], state["seconds"], best, moved
 

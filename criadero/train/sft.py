@@ -27,7 +27,7 @@ from criadero.tokenizer import Tokenizer
 from criadero.train import fast
 from criadero.train.answers import answers, choose
 from criadero.train.batches import Batch, ExampleBatches, pack_examples, rows_to_batch
-from criadero.train.checkpoint import resumed_dtype
+from criadero.train.checkpoint import resumed_dtype, resumed_matmul
 from criadero.train.curves import read_metrics
 from criadero.train.distil import (
     Lesson,
@@ -245,7 +245,8 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
                 dropout=recipe.lora_dropout, rslora=recipe.rslora, dora=recipe.method == "dora", seed=recipe.seed,
             )  # fmt: skip
             parameters += lora.train_rows(model, new_ids) if new_ids else []
-            in_int8 = _multiplies_in_int8(recipe, fast.obstacle(model))
+            begun = resumed_matmul(draft.path / "resume", recipe.base_matmul)
+            in_int8 = _multiplies_in_int8(recipe, fast.obstacle(model), begun)
             if in_int8:
                 fast.multiply_in_int8(model)
         else:
@@ -519,14 +520,15 @@ def _check_method(recipe: SftRecipe, base: Path) -> None:
         )
 
 
-def _multiplies_in_int8(recipe: SftRecipe, obstacle: str | None) -> bool:
-    """Whether products with the base are computed in whole numbers. UserError where that is asked for and cannot be."""
+def _multiplies_in_int8(recipe: SftRecipe, obstacle: str | None, begun: str) -> bool:
+    """Whether products with the base are computed in whole numbers. UserError where that is asked for and cannot be; ``begun`` is what
+    an unfinished run began with, which goes on so where it can (else the loop says that it does not), or as the recipe says."""
     plain = recipe.method in INT8_METHODS and not recipe.lora_dropout
     if recipe.base_matmul == "int8" and obstacle is not None:
         raise UserError(
             f"base_matmul int8 needs the compiled training kernels, which do not compute here ({obstacle}); leave it out"
         )
-    wanted = recipe.base_matmul == "int8" or (recipe.base_matmul == "auto" and INT8_AUTO and fast.int8_is_fast())
+    wanted = begun == "int8" or (begun == "auto" and INT8_AUTO and fast.int8_is_fast())
     return plain and obstacle is None and wanted
 
 
