@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from criadero.engine.request import Request, SamplingParams
 from criadero.engine.runner import Runner, native_available
 from criadero.engine.torch_runner import TorchRunner
 from criadero.errors import UserError
-from criadero.lora import adapters, attach, save_adapter
+from criadero.lora import adapters, attach, save_adapter, train_rows
 from criadero.train.sft import SftRecipe, sft
 
 RUNNERS = [
@@ -37,11 +38,14 @@ FREE = SamplingParams(max_tokens=20, ignore_eos=True)
 
 
 def make(
-    folder: Path, base: Path, seed: int, *, rank: int = 3, targets: tuple[str, ...] = ("q_proj", "o_proj", "down_proj")
-) -> Path:
-    """A random adapter that matters."""
+    folder: Path, base: Path, seed: int, *, rank: int = 3, targets: tuple[str, ...] = ("q_proj", "o_proj", "down_proj"),
+    dora: bool = False, rows: Sequence[int] = (),
+) -> Path:  # fmt: skip
+    """A random adapter that matters; ``rows`` of the tables learn too."""
     model = load_model(base)
-    attach(model, rank=rank, alpha=8, targets=targets, seed=seed)
+    attach(model, rank=rank, alpha=8, targets=targets, seed=seed, dora=dora)
+    if rows:
+        train_rows(model, rows)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in adapters(model).values():
@@ -134,6 +138,12 @@ def test_what_is_no_adapter_of_this_base(places: dict[str, Path], tmp_path: Path
     refused(places["one"], "adapter name '../x'", name="../x")
     other = tiny.base(tmp_path / "other", hidden_size=48, head_dim=12)
     refused(make(tmp_path / "wrong", other, 1), "this adapter is for another base model")
+    for folder, what in (
+        (make(tmp_path / "dora", places["base"], 1, dora=True), r"scales the base's answer \(DoRA\)"),
+        (make(tmp_path / "rows", places["base"], 1, rows=[5, 80]), "brings new tokens"),
+    ):
+        (folder / "adapter_model.safetensors").unlink()  # it is said before anything of it is read
+        refused(folder, f"this adapter {what}, which cannot be done beside the base .* criadero merge {folder}")
     copy = shutil.copytree(places["one"], tmp_path / "copy")
     (copy / "adapter_config.json").write_text("{")
     refused(copy, "not a readable adapter")

@@ -81,6 +81,34 @@ def test_an_adapter_is_a_name_beside_its_base(places: Path) -> None:
         assert live.get("/ready").status_code == 200
 
 
+@pytest.mark.parametrize("kind", ["dora", "rows"])
+def test_an_adapter_that_cannot_stand_beside_its_base(
+    kind: str, places: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the watched folder it is refused with the remedy before anything is loaded; named, it is a model of its own."""
+    base, watched = places / "base", tmp_path / "watched"
+    watched.mkdir()
+    odd = make(watched / "odd", base, 4, dora=kind == "dora", rows=[5, 80] if kind == "rows" else [])
+    what = {"dora": "scales the base's answer (DoRA)", "rows": "brings new tokens"}[kind]
+    caplog.set_level("INFO", logger="criadero.serve")
+    with serving(Settings(models=(str(base),), adapters=watched)) as live:
+        wait_for(lambda: live.get("/ready").status_code == 200)
+        for _ in range(2):
+            answer = live.post("/v1/completions", {**ASK, "model": "odd"})
+            assert answer.status_code == 404
+            said = answer.json()["error"]["message"]
+            assert f"odd is not served: odd: this adapter {what}" in said
+            assert "fold it in with criadero merge odd and serve the result" in said
+            assert str(tmp_path) not in said
+        assert [row["id"] for row in live.get("/v1/models").json()["data"]] == ["base"]
+    assert caplog.text.count("the adapter odd is not served") == 1
+    wanted = LLM(odd).complete(PROMPT, max_tokens=12, ignore_eos=True).text
+    assert wanted != LLM(base).complete(PROMPT, max_tokens=12, ignore_eos=True).text
+    with serving(Settings(models=(str(odd),))) as live:
+        assert text(live, "odd") == wanted
+    assert f"this adapter {what}: it is a model of its own here" in caplog.text
+
+
 def test_models_make_room_for_each_other(places: Path) -> None:
     names = (str(places / "base"), str(places / "other"))
     need = max(body.memory for body in Pool(Settings(models=names))._bodies.values())

@@ -54,3 +54,11 @@ def beside_a_base(folder: Path) -> str | None:
     if config["use_dora"]:
         return "scales the base's answer (DoRA)"
     return "brings new tokens" if config["trainable_token_indices"] else None
+
+
+def alone(folder: Path, more: str) -> str:
+    """What to say where an adapter does ``more`` (`beside_a_base`) than can be done beside a base."""
+    return (
+        f"{folder}: this adapter {more}, which cannot be done beside the base one request at a time: fold it in with "
+        f"criadero merge {folder} and serve the result"
+    )

@@ -107,20 +107,17 @@ def read_adapter(folder: str | Path, runner: Runner, base: Path | None) -> tuple
 
     from criadero.artifact import resolve
     from criadero.checkpoints import ADAPTER, check_base
-    from criadero.checkpoints.adapter_file import beside_a_base
+    from criadero.checkpoints.adapter_file import alone, beside_a_base
     from criadero.lora import adapters, load_adapter
     from criadero.model import Llama
 
     path = resolve(str(folder))
     if not (path / ADAPTER).is_file():
         raise UserError(f"{path}: not an adapter: it has no {ADAPTER}")
+    if more := beside_a_base(path):
+        raise UserError(alone(path, more))
     if base is not None:
         check_base(path, base)
-    if more := beside_a_base(path):
-        raise UserError(
-            f"{path}: this adapter {more}, which cannot be done beside the base one request at a time: fold it in with "
-            f"criadero merge {path} and serve the result"
-        )
     with torch.device("meta"):
         model = Llama(runner.config)
     model = model.to_empty(device="cpu")  # shapes are all that is needed: this memory is never touched

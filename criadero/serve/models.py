@@ -1,6 +1,9 @@
 """Which models there are by name, which are loaded, and who uses them: load on demand within a memory budget, unload when idle,
 adapters beside their base.
 
+An adapter that cannot stand beside its base (DoRA, new tokens) is a model of its own, folded in, where the command line names it; one in
+the watched folder is refused, with the remedy, before anything is loaded: whole weights for each would be a surprise.
+
 A name in a request is looked up among those the server was started with (and the adapters in its watched folder). It is never a path.
 """
 
@@ -22,6 +25,7 @@ from typing import Any
 from criadero.artifact import read_passport, resolve
 from criadero.chat import Template
 from criadero.checkpoints import ADAPTER, adapter_base, template_of
+from criadero.checkpoints.adapter_file import alone, beside_a_base
 from criadero.engine import fit
 from criadero.engine.llm import LLM
 from criadero.errors import UserError
@@ -118,13 +122,14 @@ class Pool:
         self._require = require  # checks a passport before a model is opened
         self.entries: dict[str, Entry] = {}
         self._bodies: dict[Path, Body] = {}
+        self._refused: dict[str, str] = {}  # what in the watched folder is not served, and why
         self._room = asyncio.Lock()
         self.default, *_ = [self.add(ref).name for ref in settings.models]
         self._scan()
 
     # --- names ---
 
-    def add(self, ref: str, name: str | None = None) -> Entry:
+    def add(self, ref: str, name: str | None = None, *, watched: bool = False) -> Entry:
         """Make ``ref`` one that requests can name. For the command line and the watched folder: never with a client's words."""
         if self._require is not None:
             self._require(ref)
@@ -140,7 +145,15 @@ class Pool:
             if known.path.resolve() == path.resolve():
                 return known
             raise UserError(f"{ref} and {known.path} would both be served as {name!r}: rename one of the folders")
-        if path.is_dir() and (path / ADAPTER).is_file():
+        adapter = path.is_dir() and (path / ADAPTER).is_file()
+        more = beside_a_base(path) if adapter else None
+        if more and watched:
+            raise UserError(alone(path, more))
+        if more:
+            log.info(
+                "%s: this adapter %s: it is a model of its own here, with memory for all of its weights", ref, more
+            )
+        if adapter and not more:
             base = self.add(str(adapter_base(path)))
             entry = Entry(name, path, base.body, adapter=True, base=base.name, end_ids=_end_ids(path))
         else:
@@ -158,6 +171,8 @@ class Pool:
         if entry is None:
             self._scan()
             entry = self.entries.get(name)
+        if entry is None and name in self._refused:
+            raise ApiError(404, "model_not_found", f"{name} is not served: {self._refused[name]}", "model")
         if entry is None:
             near = difflib.get_close_matches(name, self.entries, n=1)
             advice = f"did you mean {near[0]!r}?" if near else "there are " + ", ".join(sorted(self.entries))
@@ -173,13 +188,16 @@ class Pool:
         folder = self.settings.adapters
         if folder is None or not folder.is_dir():
             return
+        before, self._refused = self._refused, {}
         for path in sorted(folder.iterdir()):
             known = self.entries.get(path.name)
             if known is None and not path.is_symlink() and (path / ADAPTER).is_file() and _NAME.fullmatch(path.name):
                 try:
-                    self.add(str(path), path.name)
+                    self.add(str(path), path.name, watched=True)
                 except UserError as error:
-                    log.warning("the adapter %s is not served: %s", path.name, error)
+                    self._refused[path.name] = str(error)
+                    if before.get(path.name) != str(error):
+                        log.warning("the adapter %s is not served: %s", path.name, error)
 
     def _body(self, path: Path, ref: str) -> Body:
         key = path.resolve()
