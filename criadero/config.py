@@ -166,6 +166,21 @@ def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     return frequencies, 1.0
 
 
+def stretched(config: ModelConfig, context: int) -> ModelConfig:
+    """The same with ``context`` positions laid evenly into those that it knows (position interpolation, arXiv 2306.15595): what it takes
+    a little training to get used to. UserError where its positions are scaled already in a way that does not add up with this."""
+    scaling = config.rope_scaling or {}
+    kind = scaling.get("rope_type", "default")
+    if kind not in ("default", "linear"):
+        raise UserError(
+            f"context {context}: the base's positions are scaled already ({kind}), up to {config.max_position_embeddings}"
+        )
+    factor = float(scaling.get("factor", 1.0)) * context / config.max_position_embeddings
+    return dataclasses.replace(
+        config, max_position_embeddings=context, rope_scaling={"rope_type": "linear", "factor": factor}
+    )
+
+
 def _llama3_frequencies(frequencies: np.ndarray, scaling: Mapping[str, Any]) -> np.ndarray:
     factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]

@@ -382,6 +382,17 @@ def test_long_chats_are_split_by_rounds() -> None:
     assert len(first) > 2
 
 
+def test_chats_may_be_longer_than_the_student_is_yet(capsys: pytest.CaptureFixture[str]) -> None:
+    """It gets the context when it is tuned: stage sft has the same setting."""
+    rounds = [text for n in range(6) for text in (f"{n}: {ASKED}", f"{n}: {SAID}")]
+    made = clean([conversation(f"{n}: {ASKED}", *rounds[1:]) for n in range(4)], context=512)
+    assert "context 512: student has 128, so it has to be tuned with the same context" in capsys.readouterr().err
+    assert [len(row["messages"]) for row in rows_of(made)] == [12] * 4
+    values = {"base": "student", "data": str(made.path), "method": "full", "context": 512, "epochs": 1.0}
+    tuned = make("sft", values | {"held_out_share": 0.0, "dtype": "float32"}, "tuned")
+    assert 128 < tuned.passport["data"]["counts"]["longest"] <= 512
+
+
 def test_split_rounds_fills_parts() -> None:
     def measure(messages: Any) -> int:
         return sum(len(m["content"]) for m in messages)
@@ -545,7 +556,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["clean-chats", "none.json", "--data_licence", "MIT"], "no such file"),
         (["clean-chats", "one.json"], "'data_licence' must be given"),
         (["clean-chats", "one.json", "--data_licence", "MIT", "--base", "nobody"], "no such model"),
-        (["clean-chats", "one.json", "--data_licence", "MIT", "--context", "9999", "--base", "student"], "context must be from 1 to 128"),
+        (["clean-chats", "one.json", "--data_licence", "MIT", "--context", "-1", "--base", "student"], "context must be positive"),
         (["documents", "none"], "no such file or folder"),
         (["documents", "docs", "--kinds", "poetry"], "choose from closed_qa"),
         (["documents", "docs", "--min_paragraph", "500", "--max_paragraph", "600"], "no paragraph of 500 words"),

@@ -47,7 +47,9 @@ class CleanChatsRecipe:
         "files or folders of chats: ShareGPT's conversations, or any other shape of chats"
     )
     base: str = described("the student: its tokenizer and template measure the chats", "cria")
-    context: int = described("longest chat, in tokens; 0: the student's context", 0)
+    context: int = described(
+        "longest chat, in tokens; 0: the student's context; more: tune it with the same context", 0
+    )
     data_licence: str = described("licence of the chats")
     attribution: str = described("who is to be named", "")
     url: str = described("where they come from", "")
@@ -136,10 +138,10 @@ def _ruler(recipe: CleanChatsRecipe) -> tuple[Callable[[Sequence[Message]], int]
     path = resolve(recipe.base)
     tokenizer, template, config = tokenizer_of(path), template_of(path), load_config(path)
     longest = config.max_position_embeddings
-    if recipe.context < 0 or recipe.context > longest:
-        raise UserError(
-            f"context must be from 1 to {longest}, that of {recipe.base}, or 0 for it, not {recipe.context}"
-        )
+    if recipe.context < 0:
+        raise UserError(f"context must be positive, or 0 for that of {recipe.base}, {longest}, not {recipe.context}")
+    if recipe.context > longest:
+        say(f"context {recipe.context}: {recipe.base} has {longest}, so it has to be tuned with the same context")
     return (lambda messages: len(render(list(messages), tokenizer, template).ids)), recipe.context or longest
 
 

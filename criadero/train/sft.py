@@ -20,6 +20,7 @@ from criadero import lora, places
 from criadero.artifact import BUNDLED, Artifact, create, open_artifact, resolve
 from criadero.card import read_words, write_card
 from criadero.chat import Example, Template, builtin_template
+from criadero.config import stretched
 from criadero.data.chats import ChatFile, Shape
 from criadero.errors import UserError
 from criadero.model import Llama, ModelConfig
@@ -108,6 +109,13 @@ class SftRecipe:
     merged: bool = field(default=False, metadata={"help": "fold the adapter in and seal whole weights"})
     template: str | None = field(default=None, metadata={"help": "give a base without one this built-in chat template"})
     epochs: float = field(default=0.0, metadata={"help": "passes over the chats; 0: from 3 to 30, for about 200 steps"})
+    context: int = field(
+        default=0,
+        metadata={
+            "help": "context of the result in tokens, longer than the base's: positions are interpolated (RoPE, linear), which goes with "
+            "method full, or merged; 0: the base's"
+        },
+    )
     max_length: int = field(default=0, metadata={"help": "longest example in tokens; 0: the model's context"})
     new_tokens: tuple[str, ...] = field(
         default=(), metadata={"help": "special tokens to add, which the template writes; they begin as the mean of all"}
@@ -191,6 +199,8 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
     ) as draft:  # fmt: skip
         tokenizer, template, config = tokenizer_of(base_path), template_for(recipe, base_path), load_config(base_path)
         known = tokenizer.vocab_size
+        if recipe.context:
+            config = _longer(recipe, config)
         lesson = open_lesson(data_path) if is_logits(data_path) else None
         if lesson:
             check_student(lesson, recipe, tokenizer)
@@ -237,6 +247,8 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
             model = load_frozen(base_path, dtype=dtype, device=device)
         else:
             model = load_model(base_path).to(device=device, dtype=dtype)
+        if recipe.context:
+            model.config = dataclasses.replace(config, vocab_size=model.config.vocab_size)
         if new_ids:
             lora.add_rows(model, config.vocab_size, known, new_ids)
         if adapts:
@@ -471,7 +483,10 @@ def check_recipe(recipe: SftRecipe) -> None:
         if not 0 <= getattr(recipe, name) < 1:
             raise UserError(f"{name} must be at least 0 and below 1, not {getattr(recipe, name):g}")
     check_tracker(recipe.track)
-    for name in ("fit", "max_length", "weight_decay", "clip", "save_minutes", "eval_every", "patience", "samples"):
+    counts = (
+        "fit", "context", "max_length", "weight_decay", "clip", "save_minutes", "eval_every", "patience", "samples",
+    )  # fmt: skip
+    for name in counts:
         if getattr(recipe, name) < 0:
             raise UserError(f"{name} must not be negative, but it is {getattr(recipe, name):g}")
     if recipe.batch_tokens < 0:
@@ -530,6 +545,25 @@ def _multiplies_in_int8(recipe: SftRecipe, obstacle: str | None, begun: str) -> 
         )
     wanted = begun == "int8" or (begun == "auto" and INT8_AUTO and fast.int8_is_fast())
     return plain and obstacle is None and wanted
+
+
+def _longer(recipe: SftRecipe, config: ModelConfig) -> ModelConfig:
+    """The configuration with the context that the recipe asks for."""
+    if recipe.method != "full" and not recipe.merged:
+        raise UserError(
+            f"context {recipe.context} changes the base's positions, which an adapter beside it cannot: add --merged, or take "
+            "--method full"
+        )
+    if recipe.context <= config.max_position_embeddings:
+        raise UserError(
+            f"context {recipe.context}: {recipe.base} has {config.max_position_embeddings} already; leave it out (max_length "
+            "bounds the examples)"
+        )
+    say(
+        f"context {config.max_position_embeddings} -> {recipe.context}: positions are interpolated, which costs the base something "
+        "until it has learned them, also in the loss before"
+    )
+    return stretched(config, recipe.context)
 
 
 def context_of(recipe: SftRecipe, config: ModelConfig) -> int:
