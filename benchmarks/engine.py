@@ -1,14 +1,19 @@
 """The engine beside its peers on one model file, in one run, interleaved: load, prefill, decode at several batch sizes.
 
-    python benchmarks/engine.py [--peer llama.cpp,transformers] [--shape tinyllama-1.1b] [--type Q4_0,Q4_K_M] [--model FILE.gguf]
+    python benchmarks/engine.py [--peer llama.cpp,openvino,transformers] [--shape tinyllama-1.1b] [--type Q4_0,Q4_K_M] [--model FILE.gguf]
                                 [--peer-python .peers/bin/python] [--rounds 5] [--loads 3]
                                 [--batches 1,4,8,16] [--threads 2] [--json]
 
 Each side runs in a process of its own with the model loaded (benchmarks/engine_worker.py), the same token ids, and takes the largest
 logit of each sequence as the next token; the sides answer in turn, A B A B, and the ratio is of medians, with the spread of the rounds'
 own ratios. Loading is measured in fresh processes, in turn too, each to its first token, with its peak memory. Models are files of
-random weights of a real shape (benchmarks/shapes.py), made once in ``--models``: for one type both sides read the same file. Memory
+random weights of a real shape (benchmarks/shapes.py), made once in ``--models``: ours and llama.cpp read the same file. Memory
 bandwidth and arithmetic peak are probed in the same run, so that "share of the limit" is of this machine now.
+
+OpenVINO reads what its own converter makes of the Q4_0 file, twice (benchmarks/openvino_model.py): g32, the same numbers, and g128,
+its users' default, coarser; transformers reads the BF16 file's numbers from a Hugging Face folder, in bf16 and in float32. Each side
+keeps its default type of cached keys and values: float16 for ours (float32 beside float32 weights) and llama.cpp, bytes for OpenVINO, the
+weights' type for transformers. "bits a weight" is of the whole file, embedding and head too.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,7 @@ HERE = Path(__file__).resolve().parent
 # Before each command: for a tenth of a second after its work, llama.cpp's threads still turn, waiting for more, on the cores that the other
 # side is to use
 PAUSE = 0.5
+LONG = 120.0  # seconds of a row's rounds after which no further round begins
 
 
 @dataclass
@@ -39,6 +45,7 @@ class Side:
     type: str
     process: subprocess.Popen
     peak_bytes: int = 0
+    settings: dict[str, str] = field(default_factory=dict)
 
     def end(self) -> None:
         self.process.terminate()
@@ -55,11 +62,12 @@ class Side:
             sys.exit(f"error: {self.name} ended while doing {command}")
         answer = json.loads(line)
         self.peak_bytes = max(self.peak_bytes, answer["peak_bytes"])
-        return answer["seconds"]
+        self.settings = answer.get("settings", self.settings)
+        return answer.get("seconds", 0.0)
 
 
 def start(name: str, type: str, model: Path, python: str, threads: int) -> Side:
-    command = [python, str(HERE / "engine_worker.py"), name, str(model), "--threads", str(threads)]
+    command = [python, str(HERE / "engine_worker.py"), name, str(model), "--threads", str(threads), "--type", type]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=HERE.parent)
     return Side(name, type, process)
 
@@ -118,7 +126,11 @@ def measure(sides: list[Side], rounds: int, quick: bool, batches: list[int]) -> 
     for name, command, tokens in tasks(quick, batches):
         for side in sides:  # one unmeasured warm-up each
             side.ask(**command)
+        began = time.monotonic()
         for number in range(rounds):
+            if number and time.monotonic() - began > LONG:
+                say(f"{name}: {number} of {rounds} rounds: they take long")
+                break
             for side in sides if number % 2 == 0 else sides[::-1]:
                 seconds = side.ask(**command)
                 speeds.setdefault(name, {}).setdefault(f"{side.name} {side.type}", []).append(tokens / seconds)
@@ -142,24 +154,21 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     peers = [p for p in arguments.peer.split(",") if p]
-    if "llama.cpp" in peers and not shutil.which(arguments.peer_python):
-        sys.exit(f"error: no {arguments.peer_python}: run tools/peers.sh, which builds llama.cpp for this machine")
+    if unknown := set(peers) - {"llama.cpp", "openvino", "transformers"}:
+        sys.exit(f"error: --peer {', '.join(sorted(unknown))}: known are llama.cpp, openvino and transformers")
+    if {"llama.cpp", "openvino"} & set(peers) and not shutil.which(arguments.peer_python):
+        sys.exit(
+            f"error: no {arguments.peer_python}: run tools/peers.sh engine (or openvino), which installs the peers"
+        )
 
-    from shapes import SHAPES, write
+    if arguments.model and set(peers) - {"llama.cpp"}:
+        sys.exit("error: --model: only llama.cpp reads that file too; leave the other peers out")
+
+    from shapes import SHAPES
 
     types = [arguments.model.stem] if arguments.model else arguments.type.split(",")
     arguments.models.mkdir(parents=True, exist_ok=True)
-    wanted: list[tuple] = []
-    sizes: dict[str, int] = {}
-    for type in types:
-        file = arguments.model or write(arguments.shape, type, arguments.models / f"{arguments.shape}-{type}.gguf")
-        sizes[type] = file.stat().st_size
-        wanted.append(("criadero", type, file, sys.executable, arguments.threads))
-        if "llama.cpp" in peers:
-            wanted.append(("llama.cpp", type, file, arguments.peer_python, arguments.threads))
-    if "transformers" in peers:
-        folder = random_folder(arguments.shape, arguments.models)
-        wanted.append(("transformers", "BF16", folder, sys.executable, arguments.threads))
+    wanted, sizes = contestants(peers, types, arguments)
     loads, first_peaks = measure_loads(wanted, arguments.loads)
     sides = [start(*one) for one in wanted]
     for side in sides:
@@ -174,7 +183,8 @@ def main() -> None:
         side.end()
     result = {
         "machine": f"{platform.processor() or platform.machine()}, {arguments.threads} threads", "time": time.strftime("%Y-%m-%d %H:%M"),
-        "shape": arguments.shape, "file_bytes": sizes, "limits": [before, after], "load_seconds": loads,
+        "shape": arguments.shape, "weight_bytes": sizes, "limits": [before, after], "load_seconds": loads,
+        "settings": {f"{side.name} {side.type}": side.settings for side in sides if side.settings},
         "load_peak_bytes": first_peaks, "peak_bytes": peaks,
         "tokens_per_second": speeds,
     }  # fmt: skip
@@ -184,22 +194,57 @@ def main() -> None:
     report(result, SHAPES.get(arguments.shape))
 
 
-def random_folder(shape: str, models: Path) -> Path:
-    """A Hugging Face folder of the shape with random bf16 weights, for transformers."""
-    from shapes import SHAPES
+def contestants(
+    peers: list[str], types: list[str], arguments: argparse.Namespace
+) -> tuple[list[tuple], dict[str, int]]:
+    """What `start` takes, for each side, and the bytes of each side's weights."""
+    from shapes import write
 
-    folder = models / f"{shape}-hf"
+    wanted: list[tuple] = []
+    sizes: dict[str, int] = {}
+    shape, models, threads = arguments.shape, arguments.models, arguments.threads
+
+    def add(name: str, type: str, path: Path, python: str, size: int) -> None:
+        wanted.append((name, type, path, python, threads))
+        sizes[f"{name} {type}"] = size
+
+    for type in types:
+        file = arguments.model or write(shape, type, models / f"{shape}-{type}.gguf")
+        add("criadero", type, file, sys.executable, file.stat().st_size)
+        if "llama.cpp" in peers:
+            add("llama.cpp", type, file, arguments.peer_python, file.stat().st_size)
+    if "openvino" in peers:
+        for group in (32, 128):
+            folder = models / f"{shape}-openvino-g{group}"
+            if not folder.exists():
+                converter = [arguments.peer_python, str(HERE / "openvino_model.py"), shape, str(group), str(folder)]
+                subprocess.run(converter, check=True, stdout=subprocess.DEVNULL)
+            add("openvino", f"int4-g{group}", folder, arguments.peer_python, (folder / "model.bin").stat().st_size)
+    if "transformers" in peers:
+        folder = hf_folder(shape, models)
+        size = (folder / "model.safetensors").stat().st_size
+        add("transformers", "BF16", folder, sys.executable, size)
+        add("transformers", "F32", folder, sys.executable, 2 * size)
+    return wanted, sizes
+
+
+def hf_folder(shape: str, models: Path) -> Path:
+    """A Hugging Face folder with the numbers of the shape's BF16 file, for transformers."""
+    from shapes import write
+
+    folder = models / f"{shape}-bf16"
     if not folder.exists():
         import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
 
-        s = SHAPES[shape]
-        config = LlamaConfig(
-            vocab_size=s["vocab"], hidden_size=s["hidden"], intermediate_size=s["ffn"], num_hidden_layers=s["layers"],
-            num_attention_heads=s["heads"], num_key_value_heads=s["kv"], max_position_embeddings=s["context"],
-        )  # fmt: skip
-        model: Any = LlamaForCausalLM(config)  # transformers' own annotations make .to() a method of something else
-        model.to(torch.bfloat16).save_pretrained(folder)
+        from criadero.checkpoints import load_model, save_hf
+
+        partial = folder.with_suffix(".partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        file = write(shape, "BF16", partial / "model.gguf", words=True)  # our reader wants a vocabulary
+        model = load_model(file)
+        save_hf(model, model.config, partial, dtype=torch.bfloat16)
+        file.unlink()
+        partial.rename(folder)
     return folder
 
 
@@ -227,25 +272,38 @@ def report(result: dict[str, Any], shape: dict[str, int] | None) -> None:
             ratio = f"{middle[mine] / middle[best]:.2f}x ({min(each):.2f} - {max(each):.2f})"
         print(f"| {task} | " + " | ".join(spread(found[n]) for n in names) + f" | {ratio} |")
     print(
-        "\n| | load + first token, s, median (least - most) | peak memory by then, MB | after all of it, MB | file, MB |"
+        "\n| | load + first token, s, median (least - most) | peak memory by then, MB | after all of it, MB | weights, MB | bits a weight |"
     )
-    print("|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|")
     for name in names:
-        seconds, size = result["load_seconds"][name], result["file_bytes"].get(name.split()[-1], 0)
+        seconds, size = result["load_seconds"][name], result["weight_bytes"][name]
         print(
             f"| {name} | {statistics.median(seconds):.2f} ({min(seconds):.2f} - {max(seconds):.2f}) "
-            f"| {result['load_peak_bytes'][name] / 1e6:,.0f} | {result['peak_bytes'][name] / 1e6:,.0f} | {size / 1e6:,.0f} |"
+            f"| {result['load_peak_bytes'][name] / 1e6:,.0f} | {result['peak_bytes'][name] / 1e6:,.0f} | {size / 1e6:,.0f} "
+            f"| {f'{size * 8 / parameters(shape):.2f}' if shape else ''} |"
         )
+    for name, settings in result["settings"].items():
+        print(f"\n{name}: " + ", ".join(f"{key} {value}" for key, value in settings.items()))
     if shape:
         shares(result, shape)
 
 
-def shares(result: dict[str, Any], shape: dict[str, int]) -> None:
-    """What part of the machine's limits our prefill and our single decode reach."""
+def layers_and_head(shape: dict[str, int]) -> tuple[int, int]:
+    """Numbers in the layers' matrices, and in the head's (the embedding has as many)."""
     linears = shape["layers"] * shape["hidden"] * (
         2 * shape["hidden"] + 2 * shape["hidden"] // shape["heads"] * shape["kv"] + 3 * shape["ffn"]
     )  # fmt: skip
-    head = shape["hidden"] * shape["vocab"]
+    return linears, shape["hidden"] * shape["vocab"]
+
+
+def parameters(shape: dict[str, int]) -> int:
+    linears, head = layers_and_head(shape)
+    return linears + 2 * head
+
+
+def shares(result: dict[str, Any], shape: dict[str, int]) -> None:
+    """What part of the machine's limits our prefill and our single decode reach."""
+    linears, head = layers_and_head(shape)
     bandwidth = statistics.mean(probe["read_gb_s"] for probe in result["limits"])
     peak = statistics.mean(probe["int8_gop_s"] for probe in result["limits"])
     for name, values in result["tokens_per_second"]["prefill 512"].items():
@@ -254,9 +312,7 @@ def shares(result: dict[str, Any], shape: dict[str, int]) -> None:
             print(f"\n{name}: prefill {operations:,.0f} GOP/s in linears, {operations / peak:.0%} of {peak:,.0f}")
     for name, values in result["tokens_per_second"]["decode, batch 1"].items():
         if name.startswith("criadero"):
-            size = (
-                result["file_bytes"][name.split()[-1]] * (linears + head) / (linears + 2 * head)
-            )  # but for the embedding
+            size = result["weight_bytes"][name] * (linears + head) / (linears + 2 * head)  # but for the embedding
             read = size * statistics.median(values) / 1e9
             print(f"{name}: decode reads {read:,.1f} GB/s of weights, {read / bandwidth:.0%} of {bandwidth:,.1f}")
 

@@ -98,6 +98,7 @@ def write(shape: str, kind: str, path: Path, *, words: bool = False) -> Path:
     out.add_rope_dimension_count(s["hidden"] // s["heads"])
     out.add_layer_norm_rms_eps(1e-5)
     out.add_vocab_size(s["vocab"])
+    out.add_file_type({"Q4_0": 2, "Q8_0": 7, "Q4_K_M": 15, "BF16": 32}[kind])  # OpenVINO GenAI wants to know
     if words:
         tokens, merges = vocabulary(s["vocab"])
         out.add_tokenizer_model("gpt2")

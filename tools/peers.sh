@@ -1,5 +1,6 @@
 #!/bin/sh
 # Makes .peers: what the benchmarks measure beside ours. Without an argument, or with "engine": llama.cpp, for benchmarks/engine.py. With
+# "openvino": OpenVINO, and what makes its models, for the same script (--peer llama.cpp,openvino). With
 # "tune": TRL and PEFT, for benchmarks/tune.py, on the very PyTorch that we use. With "server": llama.cpp's own server and
 # llama-cpp-python's, for benchmarks/serve.py, of one source. llama.cpp is compiled for this very machine (GGML_NATIVE), as its users are
 # told to; that takes some minutes and needs a C++ compiler (and, for its server, cmake).
@@ -9,6 +10,11 @@ cd "$(dirname "$0")/.."
 if [ "${1:-engine}" = tune ]; then
     .peers/bin/python -m pip install -qq --no-input --disable-pip-version-check \
         "torch==2.13.0" "trl==1.16.0" "peft==0.21.*" "transformers==5.24.*" datasets
+    exit
+fi
+if [ "${1:-engine}" = openvino ]; then
+    .peers/bin/python -m pip install -qq --no-input --disable-pip-version-check \
+        "openvino==2026.4.1" "openvino-genai==2026.4.1.*" "openvino-tokenizers==2026.4.1.*" numpy gguf
     exit
 fi
 extra=""
