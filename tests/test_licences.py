@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib.metadata
 import json
 import os
 import random
@@ -229,6 +231,128 @@ def test_apache_text_is_the_one_hashed() -> None:
     assert hashlib.sha256(text).hexdigest() == table()["apache-2.0"]["texts"][0]["sha256"]
 
 
+# of each licence that was checked against its text, words of the clause in which it asks for each term
+ASKED_IN = {
+    "apache-2.0": {
+        "keep_text": "You must retain, in the Source form of any Derivative Works",
+        "changes": "carry prominent notices stating that You changed the files",
+    },
+    "mit": {"keep_text": "this permission notice shall be included in all copies"},
+    "mit-0": {},
+    "bsd-2-clause": {"keep_text": "must retain the above copyright notice"},
+    "bsd-3-clause": {"keep_text": "must retain the above copyright notice"},
+    "isc": {"keep_text": "this permission notice appear in all copies"},
+    "zlib": {"changes": "Altered source versions must be plainly marked", "keep_text": "This notice may not be removed"},
+    "psf-2.0": {"keep_text": "are retained in Python alone or in any derivative version", "changes": "brief summary of the changes made"},
+    "unlicense": {},
+    "cc0-1.0": {},
+    "cc-by-4.0": {"attribution": "identification of the creator(s)", "changes": "indicate if You modified the Licensed Material"},
+    "cc-by-sa-4.0": {
+        "attribution": "identification of the creator(s)", "changes": "indicate if You modified the Licensed Material",
+        "share_alike": "must be a Creative Commons license with the same License Elements",
+    },
+    "gpl-2.0": {
+        "share_alike": "to be licensed as a whole at no charge", "keep_text": "keep intact all the notices",
+        "source_code": "complete corresponding machine-readable source code",
+    },
+    "gpl-3.0": {
+        "share_alike": "You must license the entire work, as a whole, under this License", "keep_text": "keep intact all notices",
+        "source_code": "convey the machine-readable Corresponding Source",
+    },
+    "lgpl-2.1": {
+        "weak_share_alike": "You must cause the whole of the work to be licensed at no charge", "keep_text": "keep intact all the notices",
+        "source_code": "complete corresponding machine-readable source code",
+    },
+    "lgpl-3.0": {
+        "weak_share_alike": "under the GNU GPL, with none of the additional permissions",
+        "keep_text": "Give prominent notice with each copy",
+        "source_code": "Convey the Minimal Corresponding Source",
+    },
+    "mpl-2.0": {
+        "weak_share_alike": "All distribution of Covered Software in Source Code Form",
+        "keep_text": "may not remove or alter the substance of any license notices",
+        "source_code": "must also be made available in Source Code Form",
+    },
+    "gfdl-1.3": {
+        "attribution": "List on the Title Page, as authors", "share_alike": "under precisely this License",
+        "keep_text": "Preserve all the copyright notices",
+    },
+}  # fmt: skip
+
+
+@functools.cache
+def texts_here() -> dict[str, list[tuple[Path, str]]]:
+    """Licence texts on this machine, by the key of the entry whose hash they have: the system's, the packages', the shared ones."""
+    places = [Path(__file__).resolve().parents[1] / "LICENSE", *LICENCES.parent.parent.rglob("LICENSE*")]
+    places += Path("/usr/share/common-licenses").glob("*")
+    for one in importlib.metadata.distributions():
+        named = [file for file in one.files or () if re.search(r"licen|copying", file.name, re.I)]
+        places += [Path(str(file.locate())) for file in named if ".py" not in file.name]
+    found: dict[str, list[tuple[Path, str]]] = {}
+    for path in dict.fromkeys(places):
+        if not path.is_file() or path.stat().st_size > 100_000:
+            continue
+        text = path.read_bytes().decode(errors="replace")
+        for key, row in table().items():
+            whole = any(copy["sha256"] == _sha256(text) for copy in row.get("texts", ()))
+            # holders alone stand before it: a file of several licences is the text of none
+            bodies = (copy for copy in row.get("bodies", ()) if 0 <= text.find(copy["begins"]) < 1000)
+            if whole or any(
+                copy["sha256"] == _sha256(" ".join(text[text.index(copy["begins"]) :].split())) for copy in bodies
+            ):
+                found.setdefault(key, []).append((path, text))
+    return found
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.mark.parametrize("key", [key for key, row in table().items() if row["checked"] == "text"])
+def test_what_is_said_to_be_checked_stands_in_the_text(key: str) -> None:
+    """The texts that lie on this machine: none of them is part of the project."""
+    if key.startswith("llama"):
+        return  # test_lines_are_those_of_the_texts
+    name = re.sub("-only|-or-later", "", key)
+    asked = ASKED_IN[name]
+    assert {one["id"] for one in table()[key].get("terms", ())} == asked.keys()
+    found = texts_here().get(key, [])
+    if not found:
+        pytest.skip(f"no copy of the text of {key} is on this machine")
+    for path, text in found:
+        words = " ".join(text.split())
+        for term, clause in asked.items():
+            assert clause.lower() in words.lower(), (path, term)
+        assert re.sub("-only|-or-later", "", recognise(text) or "") == name, path
+
+
+@pytest.mark.parametrize(("key", "never"), [("mit-0", "shall be included"), ("bsd-2-clause", "endorse or promote")])
+def test_what_tells_one_from_its_sibling(key: str, never: str) -> None:
+    found = texts_here().get(key, [])
+    if not found:
+        pytest.skip(f"no copy of the text of {key} is on this machine")
+    assert not any(never in text for _, text in found)
+
+
+def test_packages_texts_are_what_their_metadata_say() -> None:
+    """Of every installed package with one licence and one text of it."""
+    seen = 0
+    for one in importlib.metadata.distributions():
+        said = one.metadata.get("License-Expression")
+        files = [
+            file
+            for file in one.files or ()
+            if ".dist-info" in str(file) and re.search(r"licen|copying", file.name, re.I)
+        ]
+        choices = read_licence(said).choices if said else ()
+        if len(files) != 1 or len(choices) != 1 or len(choices[0]) != 1:
+            continue
+        seen += 1
+        text = Path(str(files[0].locate())).read_bytes().decode(errors="replace")
+        assert recognise(text) in choices[0], one.metadata["Name"]
+    assert seen  # pytest itself is one
+
+
 # -- the tables -------------------------------------------------------------------------------------------------------
 
 
@@ -237,7 +361,7 @@ def test_tables_agree() -> None:
     ids = {row["id"] for row in table().values()}
     for key, row in table().items():
         assert row["checked"] in ("text", "study", "memory")
-        assert (row["checked"] == "text") == bool(row.get("texts")), key
+        assert (row["checked"] == "text") == bool(row.get("texts") or row.get("bodies")), key
         for term in row.get("terms", ()):
             assert term["id"] in terms
             assert set(term.get("accepts", ())) <= ids, key
