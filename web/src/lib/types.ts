@@ -36,6 +36,7 @@ export type Block = {
   cached_tokens?: number
   queue_ms?: number
   ignored?: string[]
+  guard?: { stopped: { copied_tokens: number; document: string; source: string; licence: string; asks: string }[] } | null
   receipt?: Record<string, unknown>
 }
 
