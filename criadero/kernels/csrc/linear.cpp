@@ -477,21 +477,80 @@ const LinearKernels& linear_kernels() {
     }
 }
 
+namespace {
+
+// Tiles of all products of a call, one after the other, in pieces that become smaller: in each round every thread could have one, and a round
+// is half of what is left. So few pieces begin somewhere else in memory, and threads still end together.
+struct Cut {
+    int tiles = 0, threads, rounds = 1;
+    Cut(const Job* jobs, int count, int workers) : threads(workers) {
+        constexpr size_t LEAST = 128 << 10;
+        size_t bytes = 0;
+        for (int j = 0; j < count; ++j) tiles += jobs[j].w->tiles, bytes += static_cast<size_t>(jobs[j].w->tiles) * jobs[j].w->tile_bytes;
+        while (rounds < 20 && bytes >> rounds > LEAST * static_cast<size_t>(threads)) ++rounds;
+    }
+    int pieces() const { return rounds * threads; }
+    int first(int piece) const {
+        const int round = piece / threads;
+        if (round == rounds) return tiles;
+        const int from = tiles - (tiles >> round), to = round + 1 == rounds ? tiles : tiles - (tiles >> (round + 1));
+        return from + static_cast<int>(static_cast<int64_t>(to - from) * (piece % threads) / threads);
+    }
+};
+
+// f(job, first, last) for the tiles [from, to) of all products
+template <class F>
+void each_job(const Job* jobs, int from, int to, F&& f) {
+    for (int before = 0; before < to; before += (jobs++)->w->tiles) {
+        const int first = most(from - before, 0), last = least(to - before, jobs->w->tiles);
+        if (first < last) f(*jobs, first, last);
+    }
+}
+
+}  // namespace
+
+Ahead first_weights(const Worker& worker, const Job* jobs, int count, const Activations& a) {
+    constexpr size_t MOST = 256 << 10;
+    Ahead ahead;
+    if (a.blocks() != 1 || worker.count == 1) return ahead;
+    const Cut cut(jobs, count, worker.count);
+    each_job(jobs, cut.first(worker.index), cut.first(worker.index + 1), [&](const Job& job, int first, int last) {
+        if (ahead.at) return;
+        const size_t bytes = static_cast<size_t>(last - first) * job.w->tile_bytes;
+        ahead.at = job.w->data + static_cast<size_t>(first) * job.w->tile_bytes;
+        ahead.end = ahead.at + (bytes < MOST ? bytes : MOST);
+    });
+    return ahead;
+}
+
 void run_jobs(Worker& worker, const Job* jobs, int count, const Activations& a) {
     const LinearKernels& kernels = linear_kernels();
-    // Each product is in some four pieces a thread, if it has as many tiles, so that fast and slow cores end together. Where block after
-    // block of rows goes over a piece, it is also small enough to stay in a core's second-level cache.
+    if (a.blocks() == 1) {
+        Block block = a.block(0);
+        block.keep = !cpu().amd;
+        const Cut cut(jobs, count, worker.count);
+        // everybody's first piece is known, so that it can be asked for while others are waited for
+        for (int piece = worker.index; piece < cut.pieces(); piece = worker.count + worker.next()) {
+            each_job(jobs, cut.first(piece), cut.first(piece + 1), [&](const Job& job, int first, int last) {
+                kernels.tiles(*job.w, block, first, last, job.y, job.stride, job.add);
+            });
+        }
+        return;
+    }
+    // Each product is in some sixteen pieces a thread, if it has as many tiles, so that the threads end together, and small enough to stay in a
+    // core's second-level cache while block after block of rows goes over it.
     constexpr size_t PIECE = 128 << 10;
     int total = 0;
     auto tiles_of = [&](const Weights& w) {
-        const int fair = (w.tiles + 4 * worker.count - 1) / (4 * worker.count);
-        if (a.blocks() == 1) return fair;
+        const int fair = (w.tiles + 16 * worker.count - 1) / (16 * worker.count);
         return round_up(least(most(1, static_cast<int>(PIECE / w.tile_bytes)), fair), 2);
     };
-    const bool together = kernels.many && a.blocks() > 1 && (a.forms & FORM_INT8);
     static thread_local Buffer room;
     std::vector<Block> blocks;
-    for (int b = 0; together && b < a.blocks(); ++b) blocks.push_back(a.block(b));
+    for (int b = 0; b < a.blocks(); ++b) {
+        blocks.push_back(a.block(b));
+        blocks.back().keep = true;
+    }
     auto pieces_of = [&](const Weights& w) { return (w.tiles + tiles_of(w) - 1) / tiles_of(w); };
     for (int j = 0; j < count; ++j) total += pieces_of(*jobs[j].w);
     for (int piece = worker.next(); piece < total; piece = worker.next()) {
@@ -499,15 +558,14 @@ void run_jobs(Worker& worker, const Job* jobs, int count, const Activations& a) 
         while (rest >= pieces_of(*jobs[j].w)) rest -= pieces_of(*jobs[j++].w);
         const Job& job = jobs[j];
         const int each = tiles_of(*job.w), first = rest * each, last = least(first + each, job.w->tiles);
-        if (together && (job.w->kind == Kind::int8 || job.w->kind == Kind::int4 || job.w->kind == Kind::int4_mins)) {
+        if (kernels.many && (job.w->kind == Kind::int8 || job.w->kind == Kind::int4 || job.w->kind == Kind::int4_mins)) {
             room.reserve(blocks.size() * BLOCK * static_cast<size_t>(last - first) * TILE * sizeof(float));
             kernels.many(*job.w, blocks.data(), a.blocks(), first, last, room.as<float>(), job.y, job.stride, job.add);
             continue;
         }
         for (int b = 0; b < a.blocks(); ++b) {
-            Block block = a.block(b);
-            block.keep = a.blocks() > 1 || !cpu().amd;
-            kernels.tiles(*job.w, block, first, last, job.y + static_cast<size_t>(b) * BLOCK * job.stride, job.stride, job.add);
+            float* y = job.y + static_cast<size_t>(b) * BLOCK * job.stride;
+            kernels.tiles(*job.w, blocks[static_cast<size_t>(b)], first, last, y, job.stride, job.add);
         }
     }
 }

@@ -31,6 +31,10 @@ std::string text(int64_t n) { return std::to_string(n); }
 
 size_t count_of(int rows, int columns) { return static_cast<size_t>(rows) * static_cast<size_t>(columns); }
 
+// Up to so many rows, without adapters, every thread computes norms, SwiGLU and whole numbers of all rows for itself: that takes less time
+// than to wait for the other threads' parts and to fetch them from their caches.
+constexpr int FEW = 2;
+
 // f(row, from, to) for all columns of all rows, shared out by rows, or, where they are few, by pieces of rows that `prepare` takes.
 template <class F>
 void share_rows(const Worker& me, int rows, int columns, F&& f) {
@@ -289,15 +293,17 @@ struct Model::Run {
     std::vector<int> row_page, row_offset;
     std::vector<const Adapter*> adapter;  // of each row; empty when nobody has one
     int low_stride = 0;
+    bool few = false;    // see FEW
     bool split = false;  // attention over pieces of the context
     bool single = true;  // one row a request, and a key-value head's rows in one task, which may then write its key itself
     size_t scratch = 0;
+    std::vector<Ahead> ahead;  // of each thread: the weights of the next products
     std::chrono::steady_clock::time_point since;
 
     Run(Model& model, Cache& cache, const StepInput& input, int from, int to, int wanted_from, int wanted_to)
         : m(model), s(model.shape_), in(input), ops(ops_kernels()), first(from), rows(to - from), wanted_first(wanted_from),
           wanted(wanted_to - wanted_from), width((s.heads + 2 * s.kv_heads) * s.head_dim), keys_at(s.heads * s.head_dim),
-          values_at(keys_at + s.kv_heads * s.head_dim) {
+          values_at(keys_at + s.kv_heads * s.head_dim), ahead(static_cast<size_t>(model.pool_.threads())) {
         for (int i = 0; i < s.layers; ++i) kv.push_back(cache.layer(i));
         plan(cache);
         reserve();
@@ -348,6 +354,7 @@ struct Model::Run {
                 for (const Lora& lora : one) low_stride = std::max(low_stride, lora.rank);
             }
         }
+        few = rows <= FEW && !adapted && m.pool_.threads() > 1;
         cut(longest);
     }
 
@@ -393,7 +400,8 @@ struct Model::Run {
     void reserve() {
         const size_t float_size = sizeof(float), half = static_cast<size_t>(s.head_dim / 2), n = static_cast<size_t>(rows);
         m.x_.reserve(count_of(rows, s.hidden) * float_size);
-        m.normed_.reserve(count_of(std::max(rows, wanted), s.hidden) * float_size);
+        m.normed_.reserve(adapter.empty() ? 0 : count_of(rows, s.hidden) * float_size);
+        m.own_.reserve(count_of(m.pool_.threads(), std::max(s.hidden, s.intermediate)) * float_size);
         m.qkv_.reserve(count_of(rows, width) * float_size);
         m.attended_.reserve(count_of(rows, keys_at) * float_size);
         m.mlp_.reserve(count_of(rows, s.intermediate) * 2 * float_size);
@@ -408,10 +416,14 @@ struct Model::Run {
             heads |= needs(*layer.w[O]);
             mlp |= needs(*layer.w[DOWN]);
         }
-        m.in_hidden_.resize(rows, s.hidden, hidden);
-        m.in_heads_.resize(rows, keys_at, heads);
-        m.in_mlp_.resize(rows, s.intermediate, mlp);
-        if (wanted && in.logits) m.in_head_.resize(wanted, s.hidden, needs(*m.head_));
+        m.inputs_.resize(static_cast<size_t>(m.pool_.threads()));
+        for (size_t i = 0; i < (few ? m.inputs_.size() : 1); ++i) {
+            Inputs& one = m.inputs_[i];
+            one.hidden.resize(rows, s.hidden, hidden);
+            one.heads.resize(rows, keys_at, heads);
+            one.mlp.resize(rows, s.intermediate, mlp);
+            if (wanted && in.logits) one.head.resize(wanted, s.hidden, needs(*m.head_));
+        }
     }
 
     float* x(int row) const { return m.x_.as<float>() + count_of(row, s.hidden); }
@@ -422,6 +434,10 @@ struct Model::Run {
     float* cosine(int row) const { return m.cosine_.as<float>() + count_of(row, s.head_dim / 2); }
     float* sine(int row) const { return m.sine_.as<float>() + count_of(row, s.head_dim / 2); }
 
+    const Inputs& inputs(const Worker& me) const { return m.inputs_[few ? static_cast<size_t>(me.index) : 0]; }
+    // Room for one row, where only whole numbers made from it are kept: adapters alone need the rows themselves later
+    float* own(const Worker& me) const { return m.own_.as<float>() + count_of(me.index, std::max(s.hidden, s.intermediate)); }
+
     void mark(const Worker& me, Part part) {
         if (!m.profiling_ || me.index != 0) return;
         const auto now = std::chrono::steady_clock::now();
@@ -429,7 +445,7 @@ struct Model::Run {
         since = now;
     }
     void meet(Worker& me, Part part) {
-        me.barrier();
+        me.barrier(ahead[static_cast<size_t>(me.index)]);
         mark(me, part);
     }
 
@@ -443,40 +459,100 @@ struct Model::Run {
         }
     }
 
+    // What is made from the rows for the next products: f(row, from, to), for all columns of all rows
+    template <class F>
+    void make_inputs(const Worker& me, int columns, F&& f) {
+        if (!few) return share_rows(me, rows, columns, f);
+        for (int row = 0; row < rows; ++row) f(row, 0, columns);
+    }
+    // Until the threads have what make_inputs made
+    void made(Worker& me, Part part) {
+        if (few) mark(me, part);
+        else meet(me, part);
+    }
+
     void norm_rows(const Worker& me, const std::vector<float>& w) {
-        for (int row = me.first(rows); row < me.last(rows); ++row) {
-            ops.rmsnorm(x(row), w.data(), s.eps, s.hidden, normed(row));
-            prepare(m.in_hidden_, row, 0, s.hidden, normed(row));
+        for (int row = few ? 0 : me.first(rows); row < (few ? rows : me.last(rows)); ++row) {
+            float* to = adapter.empty() ? own(me) : normed(row);
+            ops.rmsnorm(x(row), w.data(), s.eps, s.hidden, to);
+            prepare(inputs(me).hidden, row, 0, s.hidden, to);
         }
     }
 
-    // A x of the adapters of all rows, for `count` slots with the same input. Before the products, and without a barrier after it.
-    void lower(const Worker& me, int layer, const Slot* slots, int count, const float* input, size_t stride) {
-        if (adapter.empty()) return;
+    // Products with the same input, of a layer or of the head
+    struct Products {
+        Part part;
+        int layer, count;
+        Slot slots[3];
+        Job jobs[3];
+        const Activations* a;
+        const float* input;  // what `a` was prepared from, for adapters
+        size_t stride;
+    };
+    Products products(const Worker& me, Part part, int index) const {
+        const Inputs& from = inputs(me);
+        const size_t wide = static_cast<size_t>(width), heads = static_cast<size_t>(keys_at), hidden = static_cast<size_t>(s.hidden);
+        const size_t both = static_cast<size_t>(s.intermediate) * 2, vocab = static_cast<size_t>(s.vocab);
+        auto job = [&](Slot slot, float* y, size_t stride, bool add) { return Job{m.layers_[static_cast<size_t>(index)].w[slot].get(), y, stride, add}; };
+        switch (part) {
+            case QKV:
+                return {part, index, 3, {Q, K, V},
+                        {job(Q, qkv(0), wide, false), job(K, qkv(0) + keys_at, wide, false), job(V, qkv(0) + values_at, wide, false)},
+                        &from.hidden, normed(0), hidden};
+            case OUTPUT: return {part, index, 1, {O}, {job(O, x(0), hidden, true)}, &from.heads, attended(0), heads};
+            case GATE_UP:
+                return {part, index, 2, {GATE, UP}, {job(GATE, gate(0), both, false), job(UP, gate(0) + s.intermediate, both, false)},
+                        &from.hidden, normed(0), hidden};
+            case DOWN_PROJ: return {part, index, 1, {DOWN}, {job(DOWN, x(0), hidden, true)}, &from.mlp, gate(0), both};
+            default: break;  // HEAD
+        }
+        if (!wanted || !in.logits) return {HEAD, 0, 0, {}, {}, &from.head, nullptr, 0};
+        return {HEAD, 0, 1, {}, {{m.head_.get(), in.logits + static_cast<size_t>(wanted_first) * vocab, vocab}}, &from.head, nullptr, 0};
+    }
+
+    // From now on the thread asks for these weights while it waits for others
+    void look_ahead(const Worker& me, const Products& next) {
+        ahead[static_cast<size_t>(me.index)] = first_weights(me, next.jobs, next.count, *next.a);
+    }
+
+    // All products of one input, with its adapters
+    void multiply(Worker& me, const Products& p, const Products& next) {
+        lower(me, p);
+        run_jobs(me, p.jobs, p.count, *p.a);
+        look_ahead(me, next);
+        meet(me, p.part);
+        raise(me, p);
+    }
+
+    // A x of the adapters of all rows. Before the products, and without a barrier after it.
+    void lower(const Worker& me, const Products& p) {
+        if (adapter.empty() || !p.input) return;
+        const int count = p.count;
         for (int i = me.first(rows * count); i < me.last(rows * count); ++i) {
             const int row = i / count, which = i % count;
             if (!adapter[row]) continue;
-            const Lora& lora = (*adapter[row])[static_cast<size_t>(layer) * SLOTS + slots[which]];
+            const Lora& lora = (*adapter[row])[static_cast<size_t>(p.layer) * SLOTS + p.slots[which]];
             if (!lora.rank) continue;
-            ops.lora_down(input + row * stride, lora.a.data(), lora.rank, s.inputs(slots[which]),
+            ops.lora_down(p.input + static_cast<size_t>(row) * p.stride, lora.a.data(), lora.rank, s.inputs(p.slots[which]),
                           m.low_.as<float>() + count_of(row * 3 + which, low_stride));
         }
     }
 
-    // y += B (A x), where the products are; y[i] is the output of slots[i] for row 0
-    void raise(Worker& me, int layer, const Slot* slots, int count, float* const* y, size_t stride) {
-        if (adapter.empty()) return;
+    // y += B (A x), where the products are
+    void raise(Worker& me, const Products& p) {
+        if (adapter.empty() || !p.input) return;
+        const int count = p.count;
         constexpr int PIECE = 512;
         int pieces = 0;
-        for (int i = 0; i < count; ++i) pieces = std::max(pieces, (s.outputs(slots[i]) + PIECE - 1) / PIECE);
+        for (int i = 0; i < count; ++i) pieces = std::max(pieces, (s.outputs(p.slots[i]) + PIECE - 1) / PIECE);
         for (int i = me.first(rows * count * pieces); i < me.last(rows * count * pieces); ++i) {
             const int row = i / (count * pieces), which = i / pieces % count, from = i % pieces * PIECE;
-            const int n = s.outputs(slots[which]);
+            const int n = s.outputs(p.slots[which]);
             if (!adapter[row] || from >= n) continue;
-            const Lora& lora = (*adapter[row])[static_cast<size_t>(layer) * SLOTS + slots[which]];
+            const Lora& lora = (*adapter[row])[static_cast<size_t>(p.layer) * SLOTS + p.slots[which]];
             if (!lora.rank) continue;
             ops.lora_up(m.low_.as<float>() + count_of(row * 3 + which, low_stride), lora.b.data(), lora.rank, static_cast<size_t>(n), from,
-                        std::min(n, from + PIECE), y[which] + row * stride);
+                        std::min(n, from + PIECE), p.jobs[which].y + static_cast<size_t>(row) * p.jobs[which].stride);
         }
         meet(me, ADAPTERS);
     }
@@ -520,68 +596,52 @@ struct Model::Run {
     }
 
     void block(Worker& me, int index) {
-        const Layer& layer = m.layers_[index];
-        const size_t wide = static_cast<size_t>(width), both = static_cast<size_t>(s.intermediate) * 2, hidden = static_cast<size_t>(s.hidden);
-        static constexpr Slot attends[] = {Q, K, V}, out[] = {O}, gates[] = {GATE, UP}, down[] = {DOWN};
-
-        if (index) norm_rows(me, layer.input_norm);
-        meet(me, index ? NORM : EMBED);
-        lower(me, index, attends, 3, normed(0), hidden);
-        float* const at[] = {qkv(0), qkv(0) + keys_at, qkv(0) + values_at};
-        const Job products[] = {{layer.w[Q].get(), at[0], wide}, {layer.w[K].get(), at[1], wide}, {layer.w[V].get(), at[2], wide}};
-        run_jobs(me, products, 3, m.in_hidden_);
-        meet(me, QKV);
-        raise(me, index, attends, 3, at, wide);
+        const Layer& layer = m.layers_[static_cast<size_t>(index)];
+        const Products attends = products(me, QKV, index), out = products(me, OUTPUT, index), gates = products(me, GATE_UP, index),
+                       down = products(me, DOWN_PROJ, index), next = index + 1 < s.layers ? products(me, QKV, index + 1) : products(me, HEAD, 0);
+        if (index) {
+            norm_rows(me, layer.input_norm);
+            made(me, NORM);
+        }
+        multiply(me, attends, out);
 
         attention(me, index);
-        share_rows(me, rows, keys_at, [&](int row, int from, int to) { prepare(m.in_heads_, row, from, to, attended(row) + from); });
-        meet(me, OUTPUT);
-        lower(me, index, out, 1, attended(0), static_cast<size_t>(keys_at));
-        float* const residual[] = {x(0)};
-        const Job output = {layer.w[O].get(), x(0), hidden, true};
-        run_jobs(me, &output, 1, m.in_heads_);
-        meet(me, OUTPUT);
-        raise(me, index, out, 1, residual, hidden);
+        make_inputs(me, keys_at, [&](int row, int from, int to) { prepare(*out.a, row, from, to, attended(row) + from); });
+        made(me, OUTPUT);
+        multiply(me, out, gates);
 
         norm_rows(me, layer.post_norm);
-        meet(me, NORM);
-        lower(me, index, gates, 2, normed(0), hidden);
-        float* const gate_up[] = {gate(0), gate(0) + s.intermediate};
-        const Job inner[] = {{layer.w[GATE].get(), gate_up[0], both}, {layer.w[UP].get(), gate_up[1], both}};
-        run_jobs(me, inner, 2, m.in_hidden_);
-        meet(me, GATE_UP);
-        raise(me, index, gates, 2, gate_up, both);
+        made(me, NORM);
+        multiply(me, gates, down);
 
-        share_rows(me, rows, s.intermediate, [&](int row, int from, int to) {
-            float* g = gate(row) + from;
-            ops.swiglu(g, g + s.intermediate, to - from, g);
-            prepare(m.in_mlp_, row, from, to, g);
+        make_inputs(me, s.intermediate, [&](int row, int from, int to) {
+            const float* g = gate(row) + from;
+            float* y = (adapter.empty() ? own(me) : gate(row)) + from;
+            ops.swiglu(g, g + s.intermediate, to - from, y);
+            prepare(*down.a, row, from, to, y);
         });
-        meet(me, SWIGLU);
-        lower(me, index, down, 1, gate(0), both);
-        const Job outer = {layer.w[DOWN].get(), x(0), hidden, true};
-        run_jobs(me, &outer, 1, m.in_mlp_);
-        meet(me, DOWN_PROJ);
-        raise(me, index, down, 1, residual, hidden);
+        made(me, SWIGLU);
+        multiply(me, down, next);
     }
 
     void operator()(Worker& me) {
         if (me.index == 0 && m.profiling_) since = std::chrono::steady_clock::now();
-        for (int row = me.first(rows); row < me.last(rows); ++row) {
-            begin_row(row);
-        }
-        norm_rows(me, m.layers_[0].input_norm);  // the same rows
+        const Products first_ones = products(me, QKV, 0), head = products(me, HEAD, 0);
+        look_ahead(me, first_ones);
+        for (int row = me.first(rows); row < me.last(rows); ++row) begin_row(row);
+        if (few) meet(me, EMBED);
+        norm_rows(me, m.layers_[0].input_norm);  // otherwise the same rows
+        made(me, EMBED);
         for (int i = 0; i < s.layers; ++i) block(me, i);
         if (!wanted) return;
-        for (int i = me.first(wanted); i < me.last(wanted); ++i) {
-            float* to = in.hidden ? in.hidden + count_of(wanted_first + i, s.hidden) : normed(i);
-            ops.rmsnorm(x(in.logit_rows[wanted_first + i] - first), m.final_norm_.data(), s.eps, s.hidden, to);
-            if (in.logits) prepare(m.in_head_, i, 0, s.hidden, to);
+        for (int i = few ? 0 : me.first(wanted); i < (few ? wanted : me.last(wanted)); ++i) {
+            ops.rmsnorm(x(in.logit_rows[wanted_first + i] - first), m.final_norm_.data(), s.eps, s.hidden, own(me));
+            if (in.hidden && (!few || me.index == 0)) std::copy(own(me), own(me) + s.hidden, in.hidden + count_of(wanted_first + i, s.hidden));
+            if (head.count) prepare(*head.a, i, 0, s.hidden, own(me));
         }
-        if (!in.logits) return;
-        meet(me, HEAD);
-        const Job head = {m.head_.get(), in.logits + count_of(wanted_first, s.vocab), static_cast<size_t>(s.vocab)};
-        run_jobs(me, &head, 1, m.in_head_);
+        if (!head.count) return;
+        made(me, HEAD);
+        run_jobs(me, head.jobs, head.count, *head.a);
         meet(me, HEAD);
     }
 };

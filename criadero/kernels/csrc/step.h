@@ -99,8 +99,11 @@ class Model {
     std::map<int, Adapter> adapters_;
 
     // Workspace, grown as needed
-    Buffer x_, normed_, qkv_, attended_, mlp_, cosine_, sine_, low_, partial_, scratch_;
-    Activations in_hidden_, in_heads_, in_mlp_, in_head_;
+    Buffer x_, normed_, own_, qkv_, attended_, mlp_, cosine_, sine_, low_, partial_, scratch_;
+    struct Inputs {
+        Activations hidden, heads, mlp, head;
+    };
+    std::vector<Inputs> inputs_;  // of the products: one for all threads, or, of few rows, one for each
     std::vector<uint64_t> page_step_;  // the step that last wrote a page ...
     std::vector<int32_t> page_owner_;  // ... and for which request
     std::mutex busy_;
