@@ -355,6 +355,27 @@ def test_turns_that_the_model_no_longer_sees(open_page: Any, world: page_server.
     expect(page.get_by_text("From here on the model sees the conversation")).to_be_visible()
 
 
+def test_an_answer_that_the_guard_stopped_says_what_it_copied(open_page: Any, world: page_server.World) -> None:
+    chat = world.chat(title="Copy")["id"]
+    question = world.message(chat, None, "user", "Once upon")
+    hit = {
+        "choice": 0,
+        "copied_tokens": 51,
+        "document": "tale #3",
+        "source": "tales",
+        "licence": "CC-BY-NC-4.0",
+        "asks": "",
+    }
+    block = {"guard": {"index": "index", "tokens": 50, "stopped": [hit]}}
+    world.message(chat, question["id"], "assistant", "a time", finish_reason="guard", criadero=block)
+    for language, words in (
+        ("en", "Stopped: 51 tokens as in tale #3, which may not be copied (CC-BY-NC-4.0)"),
+        ("es", "Detenida: 51 tokens como en tale #3, que no se puede copiar (CC-BY-NC-4.0)"),
+    ):
+        page = open_page(f"#c/{chat}", lang=language)
+        expect(page.get_by_text(words)).to_be_visible()
+
+
 def test_attachments_are_text(open_page: Any, world: page_server.World, tmp_path: Path) -> None:
     (tmp_path / "hours.txt").write_text("lunes: 10-20\n```\nx", encoding="utf-8")
     (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff\x00")
