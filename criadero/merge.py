@@ -266,7 +266,7 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
 
 def trim(delta: Tensor, density: float) -> Tensor:
     """The `density` part of the entries that is largest in magnitude; the others 0."""
-    keep = max(1, round(density * delta.numel()))
+    keep = max(1, int(density * delta.numel()))  # rounded down, as the authors and mergekit do
     kept = torch.zeros_like(delta).flatten()
     places = delta.flatten().abs().topk(keep).indices
     kept[places] = delta.flatten()[places]

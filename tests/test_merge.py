@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +46,7 @@ def ties_by_the_paper(deltas: list[np.ndarray], weights: list[float], density: f
     for delta in deltas:
         flat = delta.ravel().copy()
         order = np.argsort(-np.abs(flat), kind="stable")
-        flat[order[max(1, round(density * flat.size)) :]] = 0
+        flat[order[max(1, int(density * flat.size)) :]] = 0
         trimmed.append(flat)
     out = np.zeros(trimmed[0].size)
     for p in range(out.size):
@@ -125,6 +128,47 @@ def test_an_adapter_is_folded_in_as_peft_does(here: Path) -> None:
     mine = load_model(made.path).state_dict()
     for key, value in mine.items():
         torch.testing.assert_close(value, theirs[key], rtol=1e-5, atol=1e-6)
+
+
+MERGEKIT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "linear": ({"weights": (3.0, 1.0)}, {"merge_method": "linear"}),
+    "slerp": (
+        {"method": "slerp", "t": 0.3},
+        {"merge_method": "slerp", "base_model": "./one", "parameters": {"t": 0.3}},
+    ),
+    "ties": ({"method": "ties", "density": 0.4, "weights": (1.0, 0.5)}, {"merge_method": "ties"}),
+    # what is dropped is drawn, each in its own way: only without dropping are results comparable
+    "dare": ({"method": "dare", "density": 1.0}, {"merge_method": "dare_linear", "parameters": {"normalize": False}}),
+    "dare_ties": ({"method": "dare_ties", "density": 1.0, "weights": (1.0, 0.5)}, {"merge_method": "dare_ties"}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MERGEKIT)
+def test_the_results_are_mergekits(name: str, here: Path) -> None:
+    """mergekit is no dependency of the tests: where it is installed (CONTRIBUTING.md), its own command merges the same models."""
+    pytest.importorskip("mergekit")
+    import yaml
+    from safetensors.torch import load_file
+
+    values, config = MERGEKIT[name]
+    if "ties" in name or name == "dare":
+        values = values | {"base": "base"}
+        config = {"base_model": "./base", "parameters": {"normalize": True}} | config
+    given = [
+        {"model": f"./{model}", "parameters": {"weight": weight, "density": values.get("density", 1.0)}}
+        for model, weight in zip(("one", "two"), values.get("weights", (1.0, 1.0)), strict=True)
+    ]
+    Path("config.yml").write_text(yaml.safe_dump(config | {"models": given, "dtype": "float32"}))
+    command = [sys.executable, "-m", "mergekit.scripts.run_yaml", "config.yml", "theirs", "--no-copy-tokenizer"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    theirs = {k: v for file in Path("theirs").glob("*.safetensors") for k, v in load_file(file).items()}
+    made = make("merge", {"models": ["one", "two"]} | values, "ours")
+    mine = load_file(made.path / "model.safetensors")
+    assert mine.keys() == theirs.keys()
+    for key, value in mine.items():
+        torch.testing.assert_close(value, theirs[key], rtol=1e-5, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def test_the_wheel_is_told_what_to_pack() -> None:
     assert failed == {"if": {"failed": True}, "wheel": {"cmake": False}}  # no compiler: installed without the kernels
 
 
-@pytest.mark.parametrize("script", ["tools/venv.sh", "tests/compat/install.sh", ".ci/run"])
+@pytest.mark.parametrize("script", ["tools/venv.sh", "tests/compat/install.sh", "tests/compat/peers.sh", ".ci/run"])
 def test_scripts_parse_and_can_be_run(script: str) -> None:
     file = ROOT / script
     assert file.stat().st_mode & 0o111
