@@ -248,6 +248,7 @@ def test_qlora_learns_what_lora_learns_on_the_same_numbers(bases: Path, tmp_path
     [
         ({"base": "base"}, r"qlora needs a base in 4 or 8 bits, and .*base is not: make one with criadero quantize"),
         ({"merged": True}, "merged writes whole weights"),
+        ({"data": "base"}, "this artifact holds no train chats: it is of kind base"),
         ({"lora_plus": 0.0}, "lora_plus must be positive"),
         ({"lora_rank": 17}, "the smallest layer that gets an adapter is 16 wide"),
         ({"lora_rank": 0}, "lora_rank must be at least 1"),

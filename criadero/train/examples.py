@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from criadero.artifact import open_artifact
 from criadero.chat import Example, Message, Template, render
 from criadero.data.chats import ChatFile, Shape, read_chats, split_rounds
 from criadero.errors import UserError
@@ -157,7 +158,9 @@ def read_dataset_chats(path: Path, split_name: str, *, skip_bad: bool) -> ChatFi
     if path.is_dir() and (path / "passport.json").is_file():
         files = _split_files(path, split_name)
         if not files:
-            raise UserError(f"{path}: this artifact holds no {split_name} chats")
+            raise UserError(
+                f"{path}: this artifact holds no {split_name} chats: it is of kind {open_artifact(path).kind}"
+            )
         parts = [read_chats(file, skip_bad=skip_bad) for file in files]
         first = parts[0]
         return ChatFile(
