@@ -10,10 +10,11 @@ own ratios. Loading is measured in fresh processes, in turn too, each to its fir
 random weights of a real shape (benchmarks/shapes.py), made once in ``--models``: ours and llama.cpp read the same file. Memory
 bandwidth and arithmetic peak are probed in the same run, so that "share of the limit" is of this machine now.
 
-OpenVINO reads what its own converter makes of the Q4_0 file, twice (benchmarks/openvino_model.py): g32, the same numbers, and g128,
-its users' default, coarser; transformers reads the BF16 file's numbers from a Hugging Face folder, in bf16 and in float32. Each side
-keeps its default type of cached keys and values: float16 for ours (float32 beside float32 weights) and llama.cpp, bytes for OpenVINO, the
-weights' type for transformers. "bits a weight" is of the whole file, embedding and head too.
+OpenVINO reads what its own converter makes of the Q4_0 file, twice (benchmarks/openvino_model.py): g32, the same numbers, and g128, its
+users' default, coarser, whose like is a folder of ours, ``--type int4-g128``; transformers reads the BF16 file's numbers from a Hugging
+Face folder, in bf16 and in float32. Each side keeps its default type of cached keys and values: float16 for ours (float32 beside float32
+weights) and llama.cpp, bytes for OpenVINO, the weights' type for transformers. "bits a weight" is of the whole file,
+embedding and head too.
 """
 
 from __future__ import annotations
@@ -209,6 +210,10 @@ def contestants(
         sizes[f"{name} {type}"] = size
 
     for type in types:
+        if type.startswith("int4-g") and not arguments.model:  # no GGUF holds such groups: ours alone
+            folder = packed_folder(shape, int(type.removeprefix("int4-g")), models)
+            add("criadero", type, folder, sys.executable, (folder / "model.safetensors").stat().st_size)
+            continue
         file = arguments.model or write(shape, type, models / f"{shape}-{type}.gguf")
         add("criadero", type, file, sys.executable, file.stat().st_size)
         if "llama.cpp" in peers:
@@ -226,6 +231,40 @@ def contestants(
         add("transformers", "BF16", folder, sys.executable, size)
         add("transformers", "F32", folder, sys.executable, 2 * size)
     return wanted, sizes
+
+
+def packed_folder(shape: str, group: int, models: Path) -> Path:
+    """A folder of ours with the numbers of the shape's Q4_0 file rounded again, to the nearest, in groups of ``group``, as
+    benchmarks/openvino_model.py does; embedding and head in 8 bits."""
+    from shapes import write
+
+    folder = models / f"{shape}-int4-g{group}"
+    if not folder.exists():
+        import math
+
+        import torch
+
+        from criadero.checkpoints import load_model, write_quantised
+        from criadero.quantization.rounding import as_quant_tensor, nearest, round_matrix
+
+        partial = folder.with_suffix(".partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        file = write(shape, "Q4_0", partial / "model.gguf", words=True)  # our reader wants a vocabulary
+        model = load_model(file)
+        state: dict[str, Any] = dict(model.state_dict())
+        for name, weight in model.state_dict().items():
+            if name.startswith("model.layers.") and weight.ndim == 2:
+                size = math.gcd(weight.shape[1], group)
+                blocks = weight.view(len(weight), -1, size)  # [N, K / group, group]
+                scales = (blocks.abs().amax(-1) / 7).half().float()
+                numbers = nearest(blocks, scales, 4).to(torch.int8).view(weight.shape)
+                state[name] = as_quant_tensor(numbers, scales, 4, size)
+            elif weight.ndim == 2:
+                state[name] = round_matrix(weight, 8, 32)
+        write_quantised(state, model.config, partial, dtype=torch.bfloat16, pack_tables=True)
+        file.unlink()
+        partial.rename(folder)
+    return folder
 
 
 def hf_folder(shape: str, models: Path) -> Path:
