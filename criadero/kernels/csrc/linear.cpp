@@ -509,28 +509,13 @@ void each_job(const Job* jobs, int from, int to, F&& f) {
 
 }  // namespace
 
-Ahead first_weights(const Worker& worker, const Job* jobs, int count, const Activations& a) {
-    constexpr size_t MOST = 256 << 10;
-    Ahead ahead;
-    if (a.blocks() != 1 || worker.count == 1) return ahead;
-    const Cut cut(jobs, count, worker.count);
-    each_job(jobs, cut.first(worker.index), cut.first(worker.index + 1), [&](const Job& job, int first, int last) {
-        if (ahead.at) return;
-        const size_t bytes = static_cast<size_t>(last - first) * job.w->tile_bytes;
-        ahead.at = job.w->data + static_cast<size_t>(first) * job.w->tile_bytes;
-        ahead.end = ahead.at + (bytes < MOST ? bytes : MOST);
-    });
-    return ahead;
-}
-
 void run_jobs(Worker& worker, const Job* jobs, int count, const Activations& a) {
     const LinearKernels& kernels = linear_kernels();
     if (a.blocks() == 1) {
         Block block = a.block(0);
         block.keep = !cpu().amd;
         const Cut cut(jobs, count, worker.count);
-        // everybody's first piece is known, so that it can be asked for while others are waited for
-        for (int piece = worker.index; piece < cut.pieces(); piece = worker.count + worker.next()) {
+        for (int piece = worker.next(); piece < cut.pieces(); piece = worker.next()) {
             each_job(jobs, cut.first(piece), cut.first(piece + 1), [&](const Job& job, int first, int last) {
                 kernels.tiles(*job.w, block, first, last, job.y, job.stride, job.add);
             });

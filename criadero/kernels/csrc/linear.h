@@ -149,9 +149,6 @@ struct Job {
 // with the same arguments, once between two barriers (it uses Worker::next). Ends without a barrier.
 void run_jobs(Worker& worker, const Job* jobs, int count, const Activations& a);
 
-// What the worker will read first of these products, to be asked for at the barriers before them: memory else rests while threads wait.
-Ahead first_weights(const Worker& worker, const Job* jobs, int count, const Activations& a);
-
 // What one instruction set provides; linear_*.cpp have one each. They are compiled with their own flags, so they must use nothing that the
 // linker could take for other files too: no inline function of this header, no std:: template (see vec.h).
 struct LinearKernels {

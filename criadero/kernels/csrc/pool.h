@@ -19,11 +19,6 @@ class Pool;
 // of ours end on one core, and every barrier then costs as long as we spin. So patience falls to a microsecond at once and comes back slowly.
 constexpr int PATIENCE = 20000, IMPATIENCE = 100;
 
-// Memory that a thread will read soon
-struct alignas(64) Ahead {
-    const uint8_t *at = nullptr, *end = nullptr;
-};
-
 // What a thread inside a region knows.
 struct Worker {
     Pool& pool;
@@ -31,10 +26,8 @@ struct Worker {
     int count;
     int patience = PATIENCE;  // turns of waiting before it lets others have the core
 
-    // Waits until every thread is here. What was written before it is seen by all after it. Meanwhile it asks for what is ahead, into the
-    // second-level cache, and moves `at` on.
+    // Waits until every thread is here. What was written before it is seen by all after it.
     void barrier();
-    void barrier(Ahead& ahead);
     // The next number, from 0, that no other thread has been given since the last barrier (or the region's start): for sharing out
     // pieces of work. Between two barriers there is one such sequence.
     int next();
@@ -96,11 +89,6 @@ inline void relax() {
 }
 
 inline void Worker::barrier() {
-    Ahead nothing;
-    barrier(nothing);
-}
-
-inline void Worker::barrier(Ahead& ahead) {
     if (count == 1) {
         pool.ticket_.store(0, std::memory_order_relaxed);
         return;
@@ -114,10 +102,7 @@ inline void Worker::barrier(Ahead& ahead) {
     }
     int spins = 0;
     for (; pool.phase_.load(std::memory_order_acquire) == phase; ++spins) {
-        if (ahead.at < ahead.end) {
-            __builtin_prefetch(ahead.at, 0, 2);
-            ahead.at += 64;
-        } else if (spins < patience) {
+        if (spins < patience) {
             relax();
         } else {
             std::this_thread::yield();

@@ -297,13 +297,12 @@ struct Model::Run {
     bool split = false;  // attention over pieces of the context
     bool single = true;  // one row a request, and a key-value head's rows in one task, which may then write its key itself
     size_t scratch = 0;
-    std::vector<Ahead> ahead;  // of each thread: the weights of the next products
     std::chrono::steady_clock::time_point since;
 
     Run(Model& model, Cache& cache, const StepInput& input, int from, int to, int wanted_from, int wanted_to)
         : m(model), s(model.shape_), in(input), ops(ops_kernels()), first(from), rows(to - from), wanted_first(wanted_from),
           wanted(wanted_to - wanted_from), width((s.heads + 2 * s.kv_heads) * s.head_dim), keys_at(s.heads * s.head_dim),
-          values_at(keys_at + s.kv_heads * s.head_dim), ahead(static_cast<size_t>(model.pool_.threads())) {
+          values_at(keys_at + s.kv_heads * s.head_dim) {
         for (int i = 0; i < s.layers; ++i) kv.push_back(cache.layer(i));
         plan(cache);
         reserve();
@@ -445,7 +444,7 @@ struct Model::Run {
         since = now;
     }
     void meet(Worker& me, Part part) {
-        me.barrier(ahead[static_cast<size_t>(me.index)]);
+        me.barrier();
         mark(me, part);
     }
 
@@ -479,7 +478,7 @@ struct Model::Run {
         }
     }
 
-    // Products with the same input, of a layer or of the head
+    // Products of a layer with the same input
     struct Products {
         Part part;
         int layer, count;
@@ -492,7 +491,7 @@ struct Model::Run {
     Products products(const Worker& me, Part part, int index) const {
         const Inputs& from = inputs(me);
         const size_t wide = static_cast<size_t>(width), heads = static_cast<size_t>(keys_at), hidden = static_cast<size_t>(s.hidden);
-        const size_t both = static_cast<size_t>(s.intermediate) * 2, vocab = static_cast<size_t>(s.vocab);
+        const size_t both = static_cast<size_t>(s.intermediate) * 2;
         auto job = [&](Slot slot, float* y, size_t stride, bool add) { return Job{m.layers_[static_cast<size_t>(index)].w[slot].get(), y, stride, add}; };
         switch (part) {
             case QKV:
@@ -503,30 +502,21 @@ struct Model::Run {
             case GATE_UP:
                 return {part, index, 2, {GATE, UP}, {job(GATE, gate(0), both, false), job(UP, gate(0) + s.intermediate, both, false)},
                         &from.hidden, normed(0), hidden};
-            case DOWN_PROJ: return {part, index, 1, {DOWN}, {job(DOWN, x(0), hidden, true)}, &from.mlp, gate(0), both};
-            default: break;  // HEAD
+            default: return {part, index, 1, {DOWN}, {job(DOWN, x(0), hidden, true)}, &from.mlp, gate(0), both};
         }
-        if (!wanted || !in.logits) return {HEAD, 0, 0, {}, {}, &from.head, nullptr, 0};
-        return {HEAD, 0, 1, {}, {{m.head_.get(), in.logits + static_cast<size_t>(wanted_first) * vocab, vocab}}, &from.head, nullptr, 0};
-    }
-
-    // From now on the thread asks for these weights while it waits for others
-    void look_ahead(const Worker& me, const Products& next) {
-        ahead[static_cast<size_t>(me.index)] = first_weights(me, next.jobs, next.count, *next.a);
     }
 
     // All products of one input, with its adapters
-    void multiply(Worker& me, const Products& p, const Products& next) {
+    void multiply(Worker& me, const Products& p) {
         lower(me, p);
         run_jobs(me, p.jobs, p.count, *p.a);
-        look_ahead(me, next);
         meet(me, p.part);
         raise(me, p);
     }
 
     // A x of the adapters of all rows. Before the products, and without a barrier after it.
     void lower(const Worker& me, const Products& p) {
-        if (adapter.empty() || !p.input) return;
+        if (adapter.empty()) return;
         const int count = p.count;
         for (int i = me.first(rows * count); i < me.last(rows * count); ++i) {
             const int row = i / count, which = i % count;
@@ -540,7 +530,7 @@ struct Model::Run {
 
     // y += B (A x), where the products are
     void raise(Worker& me, const Products& p) {
-        if (adapter.empty() || !p.input) return;
+        if (adapter.empty()) return;
         const int count = p.count;
         constexpr int PIECE = 512;
         int pieces = 0;
@@ -598,21 +588,21 @@ struct Model::Run {
     void block(Worker& me, int index) {
         const Layer& layer = m.layers_[static_cast<size_t>(index)];
         const Products attends = products(me, QKV, index), out = products(me, OUTPUT, index), gates = products(me, GATE_UP, index),
-                       down = products(me, DOWN_PROJ, index), next = index + 1 < s.layers ? products(me, QKV, index + 1) : products(me, HEAD, 0);
+                       down = products(me, DOWN_PROJ, index);
         if (index) {
             norm_rows(me, layer.input_norm);
             made(me, NORM);
         }
-        multiply(me, attends, out);
+        multiply(me, attends);
 
         attention(me, index);
         make_inputs(me, keys_at, [&](int row, int from, int to) { prepare(*out.a, row, from, to, attended(row) + from); });
         made(me, OUTPUT);
-        multiply(me, out, gates);
+        multiply(me, out);
 
         norm_rows(me, layer.post_norm);
         made(me, NORM);
-        multiply(me, gates, down);
+        multiply(me, gates);
 
         make_inputs(me, s.intermediate, [&](int row, int from, int to) {
             const float* g = gate(row) + from;
@@ -621,13 +611,11 @@ struct Model::Run {
             prepare(*down.a, row, from, to, y);
         });
         made(me, SWIGLU);
-        multiply(me, down, next);
+        multiply(me, down);
     }
 
     void operator()(Worker& me) {
         if (me.index == 0 && m.profiling_) since = std::chrono::steady_clock::now();
-        const Products first_ones = products(me, QKV, 0), head = products(me, HEAD, 0);
-        look_ahead(me, first_ones);
         for (int row = me.first(rows); row < me.last(rows); ++row) begin_row(row);
         if (few) meet(me, EMBED);
         norm_rows(me, m.layers_[0].input_norm);  // otherwise the same rows
@@ -637,11 +625,12 @@ struct Model::Run {
         for (int i = few ? 0 : me.first(wanted); i < (few ? wanted : me.last(wanted)); ++i) {
             ops.rmsnorm(x(in.logit_rows[wanted_first + i] - first), m.final_norm_.data(), s.eps, s.hidden, own(me));
             if (in.hidden && (!few || me.index == 0)) std::copy(own(me), own(me) + s.hidden, in.hidden + count_of(wanted_first + i, s.hidden));
-            if (head.count) prepare(*head.a, i, 0, s.hidden, own(me));
+            if (in.logits) prepare(inputs(me).head, i, 0, s.hidden, own(me));
         }
-        if (!head.count) return;
+        if (!in.logits) return;
         made(me, HEAD);
-        run_jobs(me, head.jobs, head.count, *head.a);
+        const Job head = {m.head_.get(), in.logits + count_of(wanted_first, s.vocab), static_cast<size_t>(s.vocab)};
+        run_jobs(me, &head, 1, inputs(me).head);
         meet(me, HEAD);
     }
 };
