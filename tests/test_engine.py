@@ -96,7 +96,7 @@ def soak(kind: str, count: int, seed: int, **options: Any) -> None:
     rng = random.Random(seed)
     asked = requests(count, seed, longest=50, answer=30)
     wanted = alone(asked, kind)
-    one = engine(kind, 12, chunk=24, sequences=9, **options)
+    one = engine(kind, 12, chunk=48, sequences=9, **options)
     found: dict[int, list[Output]] = {}
     number: dict[int, int] = {}
     doomed: set[int] = set()
@@ -186,7 +186,7 @@ def test_decoding_goes_on_while_a_long_prompt_is_computed() -> None:
         steps += 1
         if any(o.id == second for o in outputs):
             break
-    assert steps == 25  # 100 tokens in chunks of 16 / 4
+    assert steps == 50  # 100 tokens in chunks of 16 / 8
     one.cancel(first)
     one.cancel(second)
 
