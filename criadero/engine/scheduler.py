@@ -23,8 +23,9 @@ from criadero.engine.sampler import Distribution, Sampler
 from criadero.engine.text import TextStream
 
 ALL_ROWS_CHUNK = 64  # rows a step of a prompt whose every row is wanted: logits of a large vocabulary take memory
-# While somebody decodes, prompts get an eighth of the step's budget, so that answers keep flowing: with 64 rows beside four decoding ones a step
-# of a 1.1B model took 0.18 s and read 361 tokens of prompts a second; 128 rows 0.33 s and 384, 32 rows 0.11 s and 304 (two cores).
+# While somebody decodes, prompts get an eighth of the step's budget, so that answers keep flowing: with 64 rows beside four
+# decoding ones a step of a 1.1B model took 0.18 s and read 361 tokens of prompts a second; 128 rows 0.33 s and 384,
+# 32 rows 0.11 s and 304 (two cores).
 BUSY_SHARE = 8
 
 
