@@ -27,7 +27,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -74,6 +73,8 @@ def builtin_template(name: str) -> Template:
     """One of `BUILTIN`."""
     if name not in BUILTIN:
         raise UserError(f"there is no built-in chat template {name!r}; there are {', '.join(BUILTIN)}")
+    from importlib import resources  # nobody else needs it
+
     source = resources.files("criadero").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
     return Template(source, name)
 

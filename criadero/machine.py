@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -47,6 +46,8 @@ def code() -> dict[str, Any]:
 @functools.cache
 def environment() -> dict[str, Any]:
     """Versions of Python, the system and the packages that compute."""
+    import importlib.metadata  # brings in the modules for e-mail, which opening a model need not wait for
+
     packages = {}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import resource
 import struct
@@ -484,6 +485,24 @@ def test_files_that_do_not_fit_themselves(tmp_path: Path, change: Callable[..., 
     rewrite(path, change)
     with pytest.raises(UserError, match=message):
         load_model(path)
+
+
+def test_the_last_header_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    write_gguf(make(**SIZE), None, path)
+    assert read_header(path) is not read_header(path)  # written a moment ago
+    os.utime(path, (1, 1))
+    kept = read_header(path)
+    assert read_header(path) is kept
+    os.utime(path, (2, 2))
+    assert read_header(path) is not kept
+    os.utime(path, (1, 1))
+    path.write_bytes(path.read_bytes()[:-64])
+    with pytest.raises(UserError, match="after the file does"):
+        read_header(path)
+    path.unlink()
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        read_header(path)
 
 
 def test_other_files_are_not_models(tmp_path: Path) -> None:

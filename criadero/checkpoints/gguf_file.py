@@ -7,9 +7,11 @@ anything of that size is allocated or read. Data is read, not mapped: a file tha
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import struct
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -121,8 +123,27 @@ class _Cursor:
 
 
 def read_header(path: str | Path) -> Header:
-    """Read and check everything but the data of the tensors."""
+    """Read and check everything but the data of the tensors.
+
+    The last one is kept, for as long as its file is not written to: opening a model asks for it five times, and a vocabulary of
+    32,000 tokens takes a tenth of a second.
+    """
     path = Path(path)
+    try:
+        now = path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if time.time_ns() - now.st_mtime_ns < 10**9:  # it may be written to once more in the same tick of its clock
+        return _read_header(path)
+    return _kept(path, (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=1)
+def _kept(path: Path, version: tuple[int, ...]) -> Header:
+    return _read_header(path)
+
+
+def _read_header(path: Path) -> Header:
     try:
         file = path.open("rb")
     except OSError as error:
