@@ -15,6 +15,7 @@ import torch
 from criadero.checkpoints import load_model, save_hf, write_gguf
 from criadero.checkpoints.ggml import FORMATS
 from criadero.checkpoints.ggml_quantised import repack
+from criadero.checkpoints.gguf_file import read_header
 from criadero.checkpoints.layout import to_rotate_half
 from criadero.checkpoints.packed import power_of_two, write_quantised
 from criadero.config import ModelConfig
@@ -121,6 +122,67 @@ def test_gguf_files(tmp_path: Path, kind: str, tied: bool) -> None:
     write_gguf(model, None, tmp_path / "m.gguf", type=kind)
     runner = check(tmp_path / "m.gguf", 1e-5 if kind == "F32" else 3e-2)
     assert f"int{kind[1]}" in runner.name or kind in ("F32", "F16", "BF16")
+
+
+@pytest.mark.parametrize("kind", ["BF16", "Q8_0", "folder"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_that_stay_in_the_file(tmp_path: Path, kind: str, tied: bool) -> None:
+    """The same logits to the bit as of repacked rows, and to rounding as of rows in another format."""
+    model, ref = new_model(tie_word_embeddings=tied), tmp_path / "m.gguf"
+    if kind == "folder":
+        ref = tmp_path / "m"
+        save_hf(model, model.config, ref, dtype=torch.bfloat16)
+    else:
+        write_gguf(model, None, ref, type=kind)
+    stays, packed = check(ref, 3e-2, mapped=True), NativeRunner(ref, pages=4, threads=1, mapped=False)
+    assert stays.name == packed.name
+    for got, wanted in zip(run(stays), run(packed), strict=True):
+        assert np.array_equal(got, wanted)
+    check(ref, 3e-2, mapped=True, weights="int8")
+    check(ref, 1e-4, mapped=True, weights="f32")
+
+
+def test_an_adapter_on_rows_that_stay(tmp_path: Path) -> None:
+    model = new_model()
+    for kind in ("BF16", "Q8_0"):
+        base = tmp_path / f"{kind}.gguf"
+        write_gguf(model, None, base, type=kind)
+        adapter = new_adapter(tmp_path / kind, base, 2)
+        results = [run(NativeRunner(adapter, pages=4, threads=2, mapped=mapped)) for mapped in (True, False)]
+        assert np.array_equal(results[0][0], results[1][0])
+
+
+def test_rows_that_stay_are_not_looked_at(tmp_path: Path) -> None:
+    """A damaged number in a file of ours is an error when the model is opened, or, of rows that stay there, NaN when it is used."""
+    model, path = new_model(), tmp_path / "m.gguf"
+    write_gguf(model, None, path, type="BF16")
+    data = bytearray(path.read_bytes())
+    info = read_header(path).tensors["blk.1.ffn_up.weight"]
+    data[info.offset + 2000 : info.offset + 2002] = b"\x80\x7f"  # infinity
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"'blk.1.ffn_up.weight' holds values that are not finite"):
+        NativeRunner(path, pages=4, mapped=False)
+    assert not np.isfinite(run(NativeRunner(path, pages=4, mapped=True))[0]).all(axis=1).any()
+
+
+def test_small_models_are_repacked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    real = native().Linear.map_rows
+
+    class Linear:
+        pack_dense = native().Linear.pack_dense
+
+        @staticmethod
+        def map_rows(*arguments: Any) -> Any:
+            made.append(arguments)
+            return real(*arguments)
+
+    monkeypatch.setattr(native(), "Linear", Linear)
+    NativeRunner(folder, pages=4, threads=1)
+    assert not made
+    monkeypatch.setattr("criadero.engine.native.MAPPED", 1)
+    NativeRunner(folder, pages=4, threads=1)
+    assert bool(made) == native().maps_rows()
 
 
 def test_gguf_files_with_k_quants(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from criadero import kernels
+from criadero.checkpoints.layout import to_rotate_half
 from criadero.errors import UserError
 from criadero.kernels.formats import QuantTensor, unpack_nibbles
 
@@ -142,6 +144,105 @@ def test_rows_do_not_depend_on_the_batch(level: str, kind: str) -> None:
         assert np.array_equal(packed.apply(x[:m], 1 + m % 3), alone[:m]), m
     for start in (1, 7, 33):
         assert np.array_equal(packed.apply(x[start:], 2), alone[start:])
+
+
+def file_rows(kind: str, rows: int, columns: int, seed: int, offset: int = 0) -> np.ndarray:
+    """The bytes of a BF16 or Q8_0 matrix as they lie in a file, `offset` bytes from where memory begins; nothing behind them."""
+    rng = np.random.default_rng(seed)
+    if kind == "BF16":
+        raw = make("bf16", rows, columns, seed).view(np.uint8).reshape(-1)  # type: ignore[union-attr]
+    else:
+        blocks = rng.integers(0, 256, (rows * columns // 32, 34), dtype=np.uint8)
+        scales = (rng.standard_normal((len(blocks), 1)) * 10.0 ** rng.integers(-3, 3)).astype(np.float16)
+        blocks[:, :2] = scales.view(np.uint8)
+        raw = blocks.reshape(-1)
+    room = np.empty(offset + len(raw), np.uint8)
+    room[offset:] = raw
+    return room[offset:]
+
+
+def pack_file_rows(kind: str, raw: np.ndarray, rows: int, columns: int, heads: int) -> Any:
+    if kind == "Q8_0":
+        return native.Linear.pack_ggml(kind, raw, rows, columns, heads, 1)
+    weights = np.frombuffer(raw.tobytes(), np.uint16).reshape(rows, columns)
+    return kernels.pack(np.ascontiguousarray(to_rotate_half(weights, heads)) if heads else weights, 1)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(["BF16", "Q8_0"]),
+    rows=st.integers(1, 70),
+    columns=st.one_of(st.integers(1, 300), st.sampled_from([512, 1056, 2048])),
+    heads=st.sampled_from([0, 0, 1, 3]),
+    m=st.integers(1, 40),
+    threads=st.sampled_from([1, 1, 2]),
+    offset=st.integers(0, 70),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_rows_where_they_lie(
+    kind: str, rows: int, columns: int, heads: int, m: int, threads: int, offset: int, seed: int
+) -> None:
+    """Not repacked, of any shape, at any address and number of rows: the packed form's products to the bit, at every level."""
+    rows = rows * 2 * heads if heads else rows
+    columns = (columns + 31) // 32 * 32 if kind == "Q8_0" else columns
+    raw = file_rows(kind, rows, columns, seed, offset)
+    packed, mapped = (
+        pack_file_rows(kind, raw, rows, columns, heads),
+        native.Linear.map_rows(kind, raw, rows, columns, heads),
+    )
+    assert (mapped.rows, mapped.columns, mapped.nbytes) == (rows, columns, raw.nbytes)
+    for n in (0, rows // 2, rows - 1):
+        assert np.array_equal(mapped.row(n), packed.row(n))
+    x = np.random.default_rng(seed + 1).standard_normal((m, columns), dtype=np.float32)
+    del raw  # the matrix holds it
+    for level in LEVELS:
+        native.set_level(level)
+        assert np.array_equal(mapped.apply(x, threads), packed.apply(x, threads)), level
+
+
+@pytest.mark.parametrize("kind", ["BF16", "Q8_0"])
+def test_batches_of_rows_where_they_lie(kind: str) -> None:
+    """Every width of a block, one block and several, columns that end within a chunk, and more tiles than are shared out together."""
+    raw = file_rows(kind, 1630, 64, 3)
+    packed, mapped = pack_file_rows(kind, raw, 1630, 64, 0), native.Linear.map_rows(kind, raw, 1630, 64, 0)
+    x = np.random.default_rng(4).standard_normal((33, 64), dtype=np.float32)
+    for m in (1, 5, 33):
+        assert np.array_equal(mapped.apply(x[:m], 1 + m % 2), packed.apply(x[:m], 1)), m
+    raw = file_rows(kind, 50, 672, 3)
+    packed, mapped = pack_file_rows(kind, raw, 50, 672, 0), native.Linear.map_rows(kind, raw, 50, 672, 0)
+    x = np.random.default_rng(4).standard_normal((70, 672), dtype=np.float32)
+    for m in (*range(1, 41), 64, 70):
+        assert np.array_equal(mapped.apply(x[:m], 1 + m % 2), packed.apply(x[:m], 1)), m
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", ["BF16", "Q8_0"])
+def test_what_is_not_finite_in_a_row_that_stays(level: str, kind: str) -> None:
+    """It shows in that output, and in no other."""
+    native.set_level(level)
+    raw = file_rows(kind, 20, 64, 5)
+    fine = native.Linear.map_rows(kind, raw.copy(), 20, 64, 0)
+    at = 7 * (128 if kind == "BF16" else 68)
+    raw[at : at + 2] = (0xC0, 0x7F) if kind == "BF16" else (0, 0x7E)
+    mapped = native.Linear.map_rows(kind, raw, 20, 64, 0)
+    for m in (1, 4, 33):
+        x = np.ones((m, 64), np.float32)
+        got = mapped.apply(x, 1)
+        assert np.isnan(got[:, 7]).all()
+        assert np.array_equal(np.delete(got, 7, axis=1), np.delete(fine.apply(x, 1), 7, axis=1))
+
+
+def test_wrong_sizes_of_rows_that_stay() -> None:
+    raw = file_rows("Q8_0", 4, 64, 6)
+    for arguments, message in (
+        (("Q4_0", raw, 4, 64, 0), "BF16 and Q8_0"), (("Q8_0", raw[1:], 4, 64, 0), "272 bytes are needed"),
+        (("Q8_0", raw, 5, 64, 0), "340 bytes are needed"), (("Q8_0", raw, 4, 65, 0), "no whole blocks"),
+        (("BF16", raw, 4, 64, 0), "512 bytes are needed"), (("Q8_0", raw, 4, 64, 3), "3 heads"), (("Q8_0", raw, 4, 64, -1), "-1 heads"),
+        (("Q8_0", raw, 0, 64, 0), "0 x 64"), (("Q8_0", raw, 4, -32, 0), "4 x -32"), (("Q8_0", raw.view(np.int8), 4, 64, 0), "needed"),
+        (("Q8_0", raw, 2**30, 2**30, 0), "needed"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            native.Linear.map_rows(*arguments)
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if not k.endswith(("64", "96", "160", "256"))])

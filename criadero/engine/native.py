@@ -1,7 +1,8 @@
 """The native runner: a whole step of the model is one call of the compiled kernels (``criadero/kernels/csrc/step.cpp``).
 
 Weights are taken from the memory-mapped file one matrix at a time and repacked for this processor, so that loading needs little
-more memory than the packed model. Its slow twin is `criadero.engine.torch_runner`.
+more memory than the packed model. BF16 and Q8_0 matrices of a large model are not even that: where the kernels can, they compute
+on the rows as they lie in the file. Its slow twin is `criadero.engine.torch_runner`.
 """
 
 from __future__ import annotations
@@ -46,11 +47,17 @@ UNIT = 16  # positions: pages are a multiple of it
 OWN = 2**30  # the number of the adapter that `ref` itself is
 # bytes up to which an embedding is copied; a larger one stays in the mapped file, where only used rows are read
 COPIED = 2**25
+# weights from which on a model's rows are left in the file: a smaller one is repacked in a tenth of a second, and may then lie in
+# the processor's caches, where turning rows anew for each token costs more than memory does
+MAPPED = 10**8
 
 
 @dataclass(frozen=True)
 class GgmlBlocks:
-    """A quantised matrix as it lies in a mapped GGUF file. ``heads``: rows are in the order that rotates neighbours (else 0)."""
+    """A matrix as it lies in a mapped file: quantised, of GGUF, or of any in BF16.
+
+    ``heads``: rows are in the order that rotates neighbours (else 0).
+    """
 
     kind: str
     raw: np.ndarray  # uint8, the bytes of the tensor
@@ -60,27 +67,48 @@ class GgmlBlocks:
     threads: int
 
     @property
-    def form(self) -> tuple[int, int]:
-        """Bits and group of the `QuantTensor` that it becomes."""
-        return (4, 32) if self.kind in ("Q4_0", "Q4_K") else (8, 16 if self.kind == "Q6_K" else 32)
+    def group(self) -> int:
+        """Columns that share a scale; 0 of bf16."""
+        return {"Q6_K": 16, "BF16": 0}.get(self.kind, 32)
+
+    @property
+    def form(self) -> str:
+        """One of `WEIGHTS`."""
+        return "bf16" if self.kind == "BF16" else "int4" if self.kind in ("Q4_0", "Q4_K") else "int8"
+
+    @property
+    def stays(self) -> bool:
+        """Whether the kernels can compute on it as it lies."""
+        return self.kind in ("BF16", "Q8_0")
 
     def described(self) -> str:
         """As `criadero.kernels.formats.describe` says it."""
-        return "int{} g{}".format(*self.form) + (" with minimums" if self.kind == "Q4_K" else "")
+        return self.form + (f" g{self.group}" if self.group else "") + (" with minimums" if self.kind == "Q4_K" else "")
 
-    def unpack(self) -> QuantTensor:
-        """The same numbers in a `QuantTensor`'s order; the file's are forgotten."""
+    def unpack(self) -> Weight:
+        """The same numbers as a `QuantTensor`, or of BF16 as an array; the file's are forgotten, but for an array that is them."""
         from criadero.checkpoints.ggml import finite
+        from criadero.checkpoints.layout import to_rotate_half
 
-        (bits, group), (rows, columns), wide = self.form, self.shape, self.kind.endswith("_K")
-        q = np.empty((rows, columns * bits // 8), np.uint8 if bits == 4 else np.int8)
+        damaged = UserError(f"{self.where} holds values that are not finite; get the file again")
+        if self.kind == "BF16":
+            bits = self.raw.view(np.uint16).reshape(self.shape)
+            if not finite(bits):
+                raise damaged
+            if not self.heads:
+                return bits
+            made = np.ascontiguousarray(to_rotate_half(bits, self.heads))
+            _forget(self.raw)
+            return made
+        width, group, (rows, columns), wide = int(self.form[3:]), self.group, self.shape, self.kind.endswith("_K")
+        q = np.empty((rows, columns * width // 8), np.uint8 if width == 4 else np.int8)
         scales = np.empty((rows, columns // group), np.float32 if wide else np.float16)
         mins = np.empty((rows, columns // group), np.float32) if self.kind == "Q4_K" else None
         native().repack_ggml(self.kind, self.raw, rows, columns, self.heads, self.threads, q, scales, mins)  # type: ignore[union-attr]
         _forget(self.raw)
         if not (finite(scales) and (mins is None or finite(mins))):
-            raise UserError(f"{self.where} holds values that are not finite; get the file again")
-        return QuantTensor(bits, group, q, scales, mins)
+            raise damaged
+        return QuantTensor(width, group, q, scales, mins)
 
 
 Load = Callable[[str], Weight | GgmlBlocks]  # by Hugging Face's name of the tensor; once each
@@ -91,12 +119,15 @@ class NativeRunner:
 
     def __init__(
         self, ref: str | Path | Artifact, *, pages: int, page: int = PAGE, threads: int | None = None, weights: str = "auto",
-        kv: str = "auto",
+        kv: str = "auto", mapped: bool | None = None,
     ) -> None:  # fmt: skip
         """Load a bundled model, an artifact, a Hugging Face or Meta folder, a GGUF file, or an adapter on its base.
 
         ``weights``: f32, bf16, int8, int4 or auto, which keeps quantised weights, f32 and bf16 as they are stored, and rounds
         f16 to bf16. ``kv``: f32, f16, bf16, int8 or auto: f32 beside f32 weights, else f16. ``page`` must be a multiple of 16.
+        ``mapped``: compute BF16 and Q8_0 on the file's own rows; by default where the kernels are made for it and the model is large.
+        Such rows are not looked at before they are needed: a number among them that is not finite makes the logits NaN, which ends a
+        request with an error. As of any mapped file, what is cut short meanwhile ends the process.
         UserError: what cannot be read or does not fit together.
         """
         for what, name, known in (("weights", weights, WEIGHTS), ("kv", kv, KV)):
@@ -129,6 +160,7 @@ class NativeRunner:
             WEIGHTS[weights],
             own,
             self.threads,
+            native().maps_rows() and self.config.parameters() >= MAPPED if mapped is None else mapped,  # type: ignore[union-attr]
         )
         self.name = f"native {level()} {kinds.most_common(1)[0][0]}"
         kind = KV[kv]
@@ -225,7 +257,7 @@ def _new_cache(config: ModelConfig, pages: int, page: int, kind: str) -> Any:
 
 
 def _fill(
-    model: Any, config: ModelConfig, load: Load, form: str, own: AdapterTensors, threads: int
+    model: Any, config: ModelConfig, load: Load, form: str, own: AdapterTensors, threads: int, mapped: bool
 ) -> tuple[Counter[str], AdapterTensors]:
     """Put every tensor into the model, one after the other.
 
@@ -235,20 +267,29 @@ def _fill(
     rest: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]] = {}
 
     def packed(name: str, weight: Weight | GgmlBlocks) -> Any:
-        if isinstance(weight, GgmlBlocks) and form not in ("auto", f"int{weight.form[0]}"):
+        if isinstance(weight, GgmlBlocks) and (
+            form not in ("auto", weight.form) or (weight.kind == "BF16" and not mapped)
+        ):
             weight = weight.unpack()
         if not isinstance(weight, GgmlBlocks):
             weight = converted(weight, form)
+            if mapped and isinstance(weight, np.ndarray) and weight.dtype == np.uint16 and _map_under(weight):
+                weight = GgmlBlocks(
+                    "BF16", weight.reshape(-1).view(np.uint8), weight.shape, 0, f"tensor {name}", threads
+                )
         if isinstance(weight, np.ndarray):
             kind = "bf16" if weight.dtype == np.uint16 else "f32"
         else:
             kind = weight.described() if isinstance(weight, GgmlBlocks) else describe(weight)
         kinds[kind] += weight.shape[0] * weight.shape[1]
         try:
-            if isinstance(weight, GgmlBlocks):
-                made = native().Linear.pack_ggml(weight.kind, weight.raw, *weight.shape, weight.heads, threads)  # type: ignore[union-attr]
-            else:
+            if not isinstance(weight, GgmlBlocks):
                 made = pack(weight, threads)
+            elif mapped and weight.stays:
+                _advise(weight.raw, "MADV_WILLNEED")  # what is not in memory yet is read while the rest is made ready
+                return native().Linear.map_rows(weight.kind, weight.raw, *weight.shape, weight.heads)  # type: ignore[union-attr]
+            else:
+                made = native().Linear.pack_ggml(weight.kind, weight.raw, *weight.shape, weight.heads, threads)  # type: ignore[union-attr]
         except ValueError as error:
             where = weight.where if isinstance(weight, GgmlBlocks) else f"tensor {name}"
             raise UserError(f"{where} cannot be used by the native runner: {error}; get the file again") from None
@@ -268,7 +309,7 @@ def _fill(
                 model.set_head(head)
                 model.set_embedding_linear(head)
             else:
-                _set_embedding(model, weight.unpack() if isinstance(weight, GgmlBlocks) else weight)
+                _set_embedding(model, weight, mapped)
         elif name == "lm_head.weight":
             model.set_head(packed(name, weight))
         elif name == "model.norm.weight":
@@ -280,6 +321,8 @@ def _fill(
                 model.set_norm(layer, NORMS[inner], _vector(weight))
                 continue
             key = layer, SLOT_OF[inner]
+            if key in own and isinstance(weight, GgmlBlocks) and weight.kind == "BF16":
+                weight = weight.unpack()
             if key in own and isinstance(weight, np.ndarray):
                 weight = _merged(weight, *own[key])
             elif key in own:
@@ -323,8 +366,14 @@ def _merged(weight: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return whole.astype(weight.dtype)
 
 
-def _set_embedding(model: Any, weight: Weight) -> None:
+def _set_embedding(model: Any, weight: Weight | GgmlBlocks, mapped: bool) -> None:
     """Rows to look up, in the form they are stored in."""
+    if isinstance(weight, GgmlBlocks):
+        if mapped and weight.stays:
+            model.set_embedding_linear(native().Linear.map_rows(weight.kind, weight.raw, *weight.shape, 0))  # type: ignore[union-attr]
+            return
+        raw, weight = weight.raw, weight.unpack()
+        _forget(raw)  # all of it was read; of a table only used rows are read again
     if isinstance(weight, QuantTensor):
         arrays = [None if a is None else _held(a) for a in (weight.q, weight.scales, weight.mins)]
         model.set_embedding_quant(*arrays, weight.bits, weight.group)
@@ -342,16 +391,29 @@ def _forget(weight: Weight) -> None:
     """Tell the system that the mapped pages of a tensor are not needed any more, so that they do not count as ours."""
     arrays = (weight.q, weight.scales, weight.mins) if isinstance(weight, QuantTensor) else (weight,)
     for array in (one for one in arrays if one is not None):
-        base: Any = array
-        whole = array
-        while isinstance(base, np.ndarray):
-            whole, base = base, base.base
-        if isinstance(base, memoryview):
-            base = base.obj
-        if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            begin = array.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
-            first = begin // mmap.PAGESIZE * mmap.PAGESIZE
-            base.madvise(mmap.MADV_DONTNEED, first, begin + array.nbytes - first)
+        _advise(array, "MADV_DONTNEED")
+
+
+def _advise(array: np.ndarray, advice: str) -> None:
+    """Tell the system, where it takes advice, about the mapped pages of an array."""
+    under = _map_under(array)
+    if under and hasattr(mmap, advice):
+        file, begin = under
+        first = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        file.madvise(getattr(mmap, advice), first, begin + array.nbytes - first)
+
+
+def _map_under(array: np.ndarray) -> tuple[mmap.mmap, int] | None:
+    """The mapped file that an array lies in, and where in it; None of an array in memory of its own."""
+    base: Any = array
+    whole = array
+    while isinstance(base, np.ndarray):
+        whole, base = base, base.base
+    if isinstance(base, memoryview):
+        base = base.obj
+    if not isinstance(base, mmap.mmap):
+        return None
+    return base, array.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
 
 
 # --- files ---
@@ -394,7 +456,7 @@ def _open_gguf(path: Path, threads: int) -> tuple[ModelConfig, Load]:
 
     def load(name: str) -> Weight | GgmlBlocks:
         info = header.tensors[gguf_name(name)]
-        if info.kind not in KEPT or len(info.shape) != 2:
+        if info.kind not in (*KEPT, "BF16") or len(info.shape) != 2:
             plain = unpack_array(whole[info.offset : info.offset + info.size], info.kind, info.shape)
             if not finite(plain):
                 raise UserError(f"{path}: tensor {info.name!r} holds values that are not finite; get the file again")

@@ -73,6 +73,15 @@ PyLinear py_pack_ggml(const std::string& kind, const Array& raw, int rows, int c
     return {pack_ggml(shared_pool(threads), kind, static_cast<const uint8_t*>(raw.data()), rows, columns, heads)};
 }
 
+PyLinear py_map_rows(const std::string& kind, const Array& raw, int rows, int columns, int heads) {
+    const int most = 1 << 30;
+    refuse(rows < 1 || columns < 1 || rows > most || columns > most, "a matrix of " + std::to_string(rows) + " x " + std::to_string(columns) + " cannot be used");
+    Linear w = map_rows(kind, static_cast<const uint8_t*>(raw.data()), rows, columns, heads);
+    refuse(!is(raw, nb::dlpack::dtype_code::UInt, 8) || raw.ndim() != 1 || raw.shape(0) != w.bytes(), "raw: " + std::to_string(w.bytes()) + " bytes are needed");
+    w.owner = std::make_shared<Array>(raw);
+    return {std::move(w)};
+}
+
 nb::ndarray<nb::numpy, float> new_floats(size_t rows, size_t columns) {
     float* data = new float[rows * columns];
     nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<float*>(p); });
@@ -180,6 +189,8 @@ void bind_linear(nb::module_& m) {
                     nb::arg("threads"))
         .def_static("pack_ggml", &py_pack_ggml, nb::arg("kind"), nb::arg("raw"), nb::arg("rows"), nb::arg("columns"), nb::arg("heads"),
                     nb::arg("threads"), "GGUF's blocks, packed; see csrc/ggml.h.")
+        .def_static("map_rows", &py_map_rows, nb::arg("kind"), nb::arg("raw").noconvert(), nb::arg("rows"), nb::arg("columns"), nb::arg("heads"),
+                    "BF16 or GGUF's Q8_0, read where it lies: kept, not copied.")
         .def_static("pack_dense", &from_dense, nb::arg("w"), nb::arg("kind"), nb::arg("threads"))
         .def("apply", &apply, nb::arg("x"), nb::arg("threads"), "x f32 [M, K] -> f32 [M, N].")
         .def("row",
@@ -191,6 +202,7 @@ void bind_linear(nb::module_& m) {
         .def_prop_ro("rows", [](const PyLinear& self) { return self.w.rows; })
         .def_prop_ro("columns", [](const PyLinear& self) { return self.w.columns; })
         .def_prop_ro("nbytes", [](const PyLinear& self) { return self.w.bytes(); });
+    m.def("maps_rows", &maps_rows, "Whether the current level's kernels read rows where they lie about as fast as packed.");
     m.def("time_products", &time_products, nb::arg("matrices"), nb::arg("x"), nb::arg("threads"));
     m.def("test_pool", &test_pool, nb::arg("threads"), nb::arg("regions"), nb::arg("barriers"));
 }

@@ -73,11 +73,16 @@ struct Weights {
     size_t span_bytes = 0;  // from one span to the next
     float unit = 1;         // the power of two that stored f16 scales and mins are to be multiplied by
     const uint8_t* data = nullptr;
+    // Rows left as they lie in a mapped file (map_rows); `data` is null then, and the sizes above are those that packed tiles would have
+    const uint8_t* mapped = nullptr;
+    size_t row_bytes = 0;
+    int head = 0;           // rows of a head whose neighbours are to be rotated as halves (ggml.h), or 0
 };
 
 struct Linear : Weights {
     Buffer buffer;
-    size_t bytes() const { return buffer.size; }
+    std::shared_ptr<const void> owner;  // keeps the mapped rows
+    size_t bytes() const { return mapped ? row_bytes * static_cast<size_t>(rows) : buffer.size; }
 };
 
 // The weights, repacked by the threads of the pool. All throw std::invalid_argument when sizes do not fit together.
@@ -94,6 +99,13 @@ Linear pack_quant(Pool& pool, int rows, int columns, int bits, int group, const 
 Linear pack_ggml(Pool& pool, const std::string& kind, const uint8_t* raw, int rows, int columns, int heads);
 Linear pack_f32(Pool& pool, int rows, int columns, const float* w);
 Linear pack_bf16(Pool& pool, int rows, int columns, const uint16_t* w);
+
+// The same products, to the bit, of rows that are not repacked but read where they lie, BF16 or GGUF's Q8_0: nothing is copied or looked at
+// before it is needed, so what is not finite is not refused here, and shows in the products. (To the bit: f16 scales are taken as they are,
+// not under a common power of two, which makes no difference unless products are so small that f32 has no bits for them.) `raw` must stay.
+Linear map_rows(const std::string& kind, const uint8_t* raw, int rows, int columns, int heads);
+// Whether the current level's kernels read such rows about as fast as packed ones; elsewhere a tile is packed each time it is needed.
+bool maps_rows();
 
 // Row n (a word's embedding, where the head is tied to it) as f32 [K].
 void unpack_row(const Linear& w, int n, float* out);
@@ -160,6 +172,7 @@ struct LinearKernels {
     // The same, to the bit, for all blocks of a long prompt, with quantised weights; nullptr: block by block. `sums` is room for
     // [count * BLOCK][last - first][TILE] floats, aligned to a cache line.
     void (*many)(const Weights& w, const Block* blocks, int count, int first, int last, float* sums, float* y, size_t stride, bool add);
+    bool mapped = false;  // `tiles` and `many` take mapped rows
 };
 const LinearKernels& linear_portable();
 const LinearKernels& linear_avx2();

@@ -6,6 +6,7 @@
 // products, and what limits it is vpdpbusd itself. A row's result has the same float operations in the same order whatever else is there.
 #include "linear.h"
 #include "linear_avx512.h"
+#include "mapped_avx512.h"
 #include "vec.h"
 
 namespace criadero {
@@ -58,9 +59,9 @@ inline void dots(__m512i* c, const __m512i* w, const int8_t* q) {
     }
 }
 
-// One span of `slices` x 32 columns: sums[m] += (what the span gives) x (the scale of the span's activations).
-template <Kind KIND, int GROUP, int M, bool KEEP, bool WHOLE>
-inline void span_product(const uint8_t* p, size_t bytes, int slices, const Block& b, int span, __m512* sums) {
+// One span of `slices` x 32 columns, at p or, MAPPED, in rows: sums[m] += (what the span gives) x (the scale of the span's activations).
+template <Kind KIND, int GROUP, int M, bool KEEP, bool WHOLE, bool MAPPED>
+inline void span_product(const uint8_t* p, size_t bytes, const Rows& rows, size_t row_bytes, int slices, const Block& b, int span, __m512* sums) {
     if (WHOLE) slices = SPAN / SLICE;
     constexpr int R = M > 8 ? M / 2 : M;  // rows side by side
     constexpr int STEP = KIND == Kind::int8 ? 512 : 256;              // bytes of a slice
@@ -79,12 +80,19 @@ inline void span_product(const uint8_t* p, size_t bytes, int slices, const Block
         for (int m = 0; m < M; ++m) c[m] = offset<KIND>(b.totals + span * M + m);
     }
     auto slice = [&](int s) __attribute__((always_inline)) {
-        if (KEEP || M > (KIND == Kind::int8 ? 4 : 2)) fetch<KEEP, LINES>(p + s * quarter);
         __m512i w[8];
-        unpack<KIND>(p + s * STEP, w);
+        __m512 scale;
+        if (MAPPED) {
+            const size_t begin = (size_t)span * (SPAN / SLICE) * Q8_BYTES;
+            if (s < 3) fetch_rows(rows, begin + 64 * s + AHEAD, row_bytes);  // a span is 136 bytes
+            scale = q8_block(rows.at, begin + s * Q8_BYTES, w);
+        } else {
+            if (KEEP || M > (KIND == Kind::int8 ? 4 : 2)) fetch<KEEP, LINES>(p + s * quarter);
+            unpack<KIND>(p + s * STEP, w);
+            if (GROUP == 32) scale = half16(scales + s * 32);
+        }
         if (GROUP == 32) {
             const int32_t* eights = b.sums + ((size_t)span * (SPAN / SLICE) + s) * M;
-            const __m512 scale = half16(scales + s * 32);
             const __m512 minimum = KIND == Kind::int4_mins ? _mm512_mul_ps(half16(mins + s * 32), _mm512_set1_ps(0.125f)) : scale;
             UNROLL
             for (int from = 0; from < M; from += R) {
@@ -149,41 +157,55 @@ inline void span_product(const uint8_t* p, size_t bytes, int slices, const Block
     if (M > 8) __asm__ volatile("" ::: "memory");
 }
 
-template <Kind KIND, int GROUP, int M, bool KEEP>
+template <Kind KIND, int GROUP, int M, bool KEEP, bool MAPPED = false>
 void quantised(const Weights& w, const Block& b, int first, int last, float* y, size_t stride, bool add) {
     const int whole = w.padded / SPAN, rest = w.padded % SPAN / SLICE;
+    Rows rows;
     for (int t = first; t < last; ++t) {
-        const uint8_t* tile = w.data + (size_t)t * w.tile_bytes;
+        const uint8_t* tile = w.data + (MAPPED ? 0 : (size_t)t * w.tile_bytes);
+        if (MAPPED) find_rows(w, first, last, t - first, rows);
         __m512 sums[M];
         UNROLL
         for (int m = 0; m < M; ++m) sums[m] = _mm512_setzero_ps();
         if (M > 8) __asm__ volatile("" : : "r"(sums) : "memory");
-        for (int s = 0; s < whole; ++s) span_product<KIND, GROUP, M, KEEP, true>(tile + s * w.span_bytes, w.span_bytes, SPAN / SLICE, b, s, sums);
-        if (rest) span_product<KIND, GROUP, M, KEEP, false>(tile + whole * w.span_bytes, w.span_bytes, rest, b, whole, sums);
+        for (int s = 0; s < whole; ++s) {
+            const uint8_t* p = MAPPED ? nullptr : tile + s * w.span_bytes;
+            span_product<KIND, GROUP, M, KEEP, true, MAPPED>(p, w.span_bytes, rows, w.row_bytes, SPAN / SLICE, b, s, sums);
+        }
+        const uint8_t* p = MAPPED ? nullptr : tile + whole * w.span_bytes;
+        if (rest) span_product<KIND, GROUP, M, KEEP, false, MAPPED>(p, w.span_bytes, rows, w.row_bytes, rest, b, whole, sums);
         const __m512 scale = GROUP ? _mm512_set1_ps(w.unit) : _mm512_loadu_ps(tile + (size_t)w.padded * TILE);
-        store_tile<M>(w, b, t, sums, &scale, y, stride, add);
+        if (MAPPED) store_rows<M>(rows, b, sums, &scale, y + rows.first * TILE, stride, add);
+        else store_tile<M>(w, b, t, sums, &scale, y, stride, add);
     }
 }
 
 // bf16 on a processor without vdpbf16ps, and f32: plain float products, in one chain for each output.
-template <Kind KIND, int M, bool KEEP>
+template <Kind KIND, int M, bool KEEP, bool MAPPED = false>
 void dense(const Weights& w, const Block& b, int first, int last, float* y, size_t stride, bool add) {
     constexpr int STEP = KIND == Kind::bf16 ? 1024 : 2048;
     const __m512i high = _mm512_set1_epi32((int)0xffff0000u);
+    Rows rows;
+    __m512i slice[16];
     for (int t = first; t < last; ++t) {
-        const uint8_t* p = w.data + (size_t)t * w.tile_bytes;
+        const uint8_t* p = MAPPED ? (const uint8_t*)slice : w.data + (size_t)t * w.tile_bytes;
+        if (MAPPED) find_rows(w, first, last, t - first, rows);
         __m512 sums[M];
         UNROLL
         for (int m = 0; m < M; ++m) sums[m] = _mm512_setzero_ps();
-        for (int s = 0; s < w.padded / SLICE; ++s, p += STEP) {
+        for (int s = 0; s < w.padded / SLICE; ++s, p += MAPPED ? 0 : STEP) {
+            if (MAPPED) {
+                fetch_rows(rows, (size_t)s * SLICE * 2 + AHEAD, w.row_bytes);
+                bf16_slice(w, rows.at, s, slice);
+            }
             const float* x = b.f32 + (size_t)s * M * SLICE;
-            for (int k = 0; k < SLICE; k += 4, x += 4) {
+            auto four = [&](int k) __attribute__((always_inline)) {
                 __m512 v[4];
                 if (KIND == Kind::bf16) {
-                    fetch<KEEP, 2>(p + k * 32);
+                    if (!MAPPED) fetch<KEEP, 2>(p + k * 32);
                     UNROLL
                     for (int i = 0; i < 2; ++i) {
-                        const __m512i pair = _mm512_loadu_si512(p + k * 32 + 64 * i);
+                        const __m512i pair = MAPPED ? slice[k / 2 + i] : _mm512_loadu_si512(p + k * 32 + 64 * i);
                         v[2 * i] = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
                         v[2 * i + 1] = _mm512_castsi512_ps(_mm512_and_si512(pair, high));
                     }
@@ -195,11 +217,18 @@ void dense(const Weights& w, const Block& b, int first, int last, float* y, size
                 UNROLL
                 for (int m = 0; m < M; ++m) {
                     UNROLL
-                    for (int i = 0; i < 4; ++i) sums[m] = _mm512_fmadd_ps(v[i], _mm512_set1_ps(x[m * SLICE + i]), sums[m]);
+                    for (int i = 0; i < 4; ++i) sums[m] = _mm512_fmadd_ps(v[i], _mm512_set1_ps(x[m * SLICE + k + i]), sums[m]);
                 }
+            };
+            if (MAPPED && M <= 4) {
+                UNROLL
+                for (int k = 0; k < SLICE; k += 4) four(k);
+            } else {
+                for (int k = 0; k < SLICE; k += 4) four(k);
             }
         }
-        store_tile<M>(w, b, t, sums, nullptr, y, stride, add);
+        if (MAPPED) store_rows<M>(rows, b, sums, nullptr, y + rows.first * TILE, stride, add);
+        else store_tile<M>(w, b, t, sums, nullptr, y, stride, add);
     }
 }
 
@@ -222,6 +251,7 @@ Kernel kernel_of(const Weights& w) {
 
 template <int M>
 Kernel kernel_of(const Weights& w, const Block& b) {
+    if (w.mapped) return w.kind == Kind::bf16 ? dense<Kind::bf16, M, true, true> : quantised<Kind::int8, 32, M, true, true>;
     return b.keep ? kernel_of<M, true>(w) : kernel_of<M, false>(w);
 }
 
@@ -306,12 +336,12 @@ void prepare_row(const Block& b, int row, int from, int to, int columns, const f
 }  // namespace
 
 const LinearKernels& linear_avx512() {
-    static const LinearKernels table{prepare_row, tiles, false, avx512_many};
+    static const LinearKernels table{prepare_row, tiles, false, avx512_many, true};
     return table;
 }
 
 const LinearKernels& linear_avx512_bf16() {
-    static const LinearKernels table{prepare_row, tiles_bf16, true, avx512_many};
+    static const LinearKernels table{prepare_row, tiles_bf16, true, avx512_many, true};
     return table;
 }
 

@@ -6,6 +6,7 @@
 // from chunk to chunk. A load of weights serves eight rows, and one of activations two tiles.
 #include "linear.h"
 #include "linear_avx512.h"
+#include "mapped_avx512.h"
 #include "vec.h"
 
 namespace criadero {
@@ -37,6 +38,16 @@ void unpack_span(const uint8_t* p, int slices, Unpacked& to) {
     for (int g = 0; g < groups; ++g) _mm512_store_ps(to.scales[g], half16(scales + 32 * g));
     if (KIND != Kind::int4_mins) return;
     for (int g = 0; g < groups; ++g) _mm512_store_ps(to.mins[g], _mm512_mul_ps(half16(scales + 32 * (groups + g)), _mm512_set1_ps(0.125f)));
+}
+
+// Span `span` of mapped rows of Q8_0.
+void unpack_mapped(const uint8_t* const* rows, int span, int slices, Unpacked& to) {
+    for (int s = 0; s < slices; ++s) {
+        __m512i w[8];
+        _mm512_store_ps(to.scales[s], q8_block(rows, ((size_t)span * SLICES + s) * Q8_BYTES, w));
+        UNROLL
+        for (int j = 0; j < 8; ++j) _mm512_store_si512(to.numbers + s * 512 + 64 * j, w[j]);
+    }
 }
 
 // sums[m * row_stride + t * TILE ..] += what a span gives, for rows [row, row + M) of the block and T tiles. The same operations on each
@@ -134,15 +145,26 @@ inline void rows(const Unpacked (*w)[CHUNK], int spans, int rest, const Block& b
     }
 }
 
+// What is read next: two tiles from this one, a chunk from this span.
+struct Coming {
+    bool there;
+    int tile, span;
+};
+
 // Tiles [tile, tile + T) of spans [from, from + spans); `rest`: slices of the last of them if it is short. Meanwhile `ahead`, what the next
-// call reads, comes into the caches: so many bytes of each of two tiles.
-template <Kind KIND, int GROUP, int T>
-void chunk(const Weights& w, const Block* blocks, int count, int tile, int from, int spans, int rest, const uint8_t* ahead, float* sums,
-           size_t row_stride) {
+// call reads, comes into the caches: so many bytes of each of two tiles, or, MAPPED, of each of 32 rows.
+template <Kind KIND, int GROUP, int T, bool MAPPED>
+void chunk(const Weights& w, const Block* blocks, int count, int tile, int from, int spans, int rest, Coming ahead, float* sums, size_t row_stride) {
     const int lines = (int)(w.span_bytes * CHUNK / 64);
     Unpacked room[T][CHUNK];
     for (int t = 0; t < T; ++t) {
+        Rows rows;
+        if (MAPPED) find_rows(w, tile + t, tile + t + 1, 0, rows);
         for (int i = 0; i < spans; ++i) {
+            if (MAPPED) {
+                unpack_mapped(rows.at, from + i, rest && i + 1 == spans ? rest : SLICES, room[t][i]);
+                continue;
+            }
             const uint8_t* p = w.data + (size_t)(tile + t) * w.tile_bytes + (size_t)(from + i) * w.span_bytes;
             unpack_span<KIND, GROUP>(p, rest && i + 1 == spans ? rest : SLICES, room[t][i]);
         }
@@ -150,9 +172,18 @@ void chunk(const Weights& w, const Block* blocks, int count, int tile, int from,
     for (int n = 0; n < count; ++n) {
         const Block& b = blocks[n];
         float* to = sums + (size_t)n * BLOCK * row_stride;
-        for (int i = lines * n / count; ahead && i < lines * (n + 1) / count; ++i) {
-            _mm_prefetch((const char*)ahead + 64 * i, _MM_HINT_T1);
-            _mm_prefetch((const char*)ahead + w.tile_bytes + 64 * i, _MM_HINT_T1);
+        if (ahead.there && MAPPED) {
+            for (int i = 2 * TILE * n / count; i < 2 * TILE * (n + 1) / count; ++i) {
+                const char* p = (const char*)mapped_row(w, least(ahead.tile * TILE + i, w.rows - 1)) + ahead.span * SLICES * Q8_BYTES;
+                UNROLL
+                for (size_t line = 0; line < CHUNK * SLICES * Q8_BYTES + 63; line += 64) _mm_prefetch(p + line, _MM_HINT_T1);
+            }
+        } else if (ahead.there) {
+            const char* p = (const char*)w.data + (size_t)ahead.tile * w.tile_bytes + (size_t)ahead.span * w.span_bytes;
+            for (int i = lines * n / count; i < lines * (n + 1) / count; ++i) {
+                _mm_prefetch(p + 64 * i, _MM_HINT_T1);
+                _mm_prefetch(p + w.tile_bytes + 64 * i, _MM_HINT_T1);
+            }
         }
         int row = 0;
         for (; row + 8 <= b.width && row < b.rows; row += 8) rows<KIND, GROUP, T, 8>(room, spans, rest, b, from, row, to + row * row_stride, row_stride);
@@ -162,7 +193,7 @@ void chunk(const Weights& w, const Block* blocks, int count, int tile, int from,
     }
 }
 
-template <Kind KIND, int GROUP>
+template <Kind KIND, int GROUP, bool MAPPED = false>
 void many(const Weights& w, const Block* blocks, int count, int first, int last, float* sums, float* y, size_t stride, bool add) {
     const int spans = (w.padded + SPAN - 1) / SPAN, short_one = w.padded % SPAN / SLICE;
     const size_t row_stride = (size_t)(last - first) * TILE;
@@ -171,10 +202,10 @@ void many(const Weights& w, const Block* blocks, int count, int first, int last,
         const int here = least(CHUNK, spans - from), rest = from + here == spans ? short_one : 0;
         for (int t = first; t < last; t += 2) {
             const int next = t + 2 < last ? t + 2 : first, then = t + 2 < last ? from : from + CHUNK;
-            const uint8_t* ahead = then < spans ? w.data + (size_t)next * w.tile_bytes + (size_t)then * w.span_bytes : nullptr;
+            const Coming ahead{then < spans, next, then};
             float* to = sums + (size_t)(t - first) * TILE;
-            if (t + 1 < last) chunk<KIND, GROUP, 2>(w, blocks, count, t, from, here, rest, ahead, to, row_stride);
-            else chunk<KIND, GROUP, 1>(w, blocks, count, t, from, here, rest, ahead, to, row_stride);
+            if (t + 1 < last) chunk<KIND, GROUP, 2, MAPPED>(w, blocks, count, t, from, here, rest, ahead, to, row_stride);
+            else chunk<KIND, GROUP, 1, MAPPED>(w, blocks, count, t, from, here, rest, ahead, to, row_stride);
         }
     }
     for (int n = 0; n < count; ++n) {
@@ -195,7 +226,8 @@ void many(const Weights& w, const Block* blocks, int count, int first, int last,
 
 void avx512_many(const Weights& w, const Block* blocks, int count, int first, int last, float* sums, float* y, size_t stride, bool add) {
     auto* kernel = &many<Kind::int4, 32>;
-    if (w.kind == Kind::int4) kernel = w.group == 32 ? many<Kind::int4, 32> : many<Kind::int4, 128>;
+    if (w.mapped) kernel = many<Kind::int8, 32, true>;
+    else if (w.kind == Kind::int4) kernel = w.group == 32 ? many<Kind::int4, 32> : many<Kind::int4, 128>;
     else if (w.kind == Kind::int4_mins) kernel = w.group == 32 ? many<Kind::int4_mins, 32> : many<Kind::int4_mins, 128>;
     else if (w.group == 16) kernel = many<Kind::int8, 16>;
     else if (w.group == 32) kernel = many<Kind::int8, 32>;
