@@ -1,8 +1,8 @@
 """LoRA tuning: ours beside TRL and PEFT, in one run, interleaved.
 
     tools/peers.sh tune
-    python benchmarks/tune.py --peer trl [--shape 135m|1b] [--examples 48] [--rounds 1] [--ours TEXT] [--only TEXT]
-                              [--peer-python .peers/bin/python] [--json]
+    python benchmarks/tune.py --peer trl [--device cpu|cuda] [--peak TFLOPS] [--shape 135m|1b|7b] [--examples 48] [--rounds 1]
+                              [--ours TEXT] [--only TEXT] [--peer-python .peers/bin/python] [--json]
 
 All tune the same random bf16 weights (of SmolLM2-135M's or TinyLlama-1.1B's shape) with adapters of rank 16 on every linear layer, on
 the same examples once through, in the same order but for what each setting does to it: lengths as Alpaca's (log-normal, median 90 tokens,
@@ -10,6 +10,11 @@ at most 512), about 55 % of the tokens supervised. Counted are real tokens (no p
 memory that the process used. Ours packs whole examples into rows of at most 1024 tokens, one optimizer step a row, which is about the
 eight examples of TRL's steps. "tuned" is TRL with the allocator set as ours sets it for itself; "in float32" is its better half on
 processors that do not multiply bf16. Of ours, "int8 products" is ``base_matmul = "int8"``, and a base of 8 or 4 bits ``method = "qlora"``.
+
+With ``--device cuda`` (written without a GPU at hand, and not measured yet) the settings are those of a GPU, memory is the most that
+PyTorch had of it, and ``--peak``, the bf16 TFLOPS that its maker states without sparsity, adds the share of them that was used (MFU):
+4 for each weight in a matrix product and real token, since frozen weights have no gradient. Take ``--examples 400`` or more there; the
+first four steps are left out, in which blocks are compiled.
 """
 
 from __future__ import annotations
@@ -35,6 +40,10 @@ SHAPES = {
         "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
         "num_key_value_heads": 4, "max_position_embeddings": 2048, "tie_word_embeddings": False,
     },
+    "7b": {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "max_position_embeddings": 4096, "tie_word_embeddings": False,
+    },
 }  # fmt: skip
 KEEP = "glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -59,6 +68,33 @@ PEERS: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": False, "max_length": 512, "train_sampling_strategy": "group_by_length", "bf16": False,
     },
 }  # fmt: skip
+OURS_CUDA: dict[str, dict[str, Any]] = {
+    "Criadero": {"compile": "on", "rows": 4},
+    "Criadero, not compiled": {"rows": 4},
+    "Criadero, checkpointing": {"compile": "on", "rows": 4, "checkpointing": "on"},
+}
+PEERS_CUDA: dict[str, dict[str, Any]] = {
+    "TRL, its defaults": {"gradient_checkpointing": True, "max_length": 512, "batch": 32},
+    "TRL, sdpa, grouped by length, no checkpointing": {
+        "gradient_checkpointing": False, "max_length": 512, "train_sampling_strategy": "group_by_length", "batch": 32,
+    },
+    "TRL, flash attention 2, padding-free, no checkpointing": {  # needs the package flash-attn
+        "gradient_checkpointing": False, "padding_free": True, "max_length": None, "attention": "flash_attention_2", "batch": 32,
+    },
+}  # fmt: skip
+
+
+def settings(device: str) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Ours and the peer's."""
+    return (OURS_CUDA, PEERS_CUDA) if device == "cuda" else (OURS, PEERS)
+
+
+def products(shape: dict) -> int:
+    """Weights that take part in a matrix product for each token."""
+    size, inner = shape["hidden_size"], shape["intermediate_size"]
+    keys = size // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    block = 2 * size * size + 2 * size * keys + 3 * size * inner
+    return shape["num_hidden_layers"] * block + size * shape["vocab_size"]
 
 
 def examples(count: int, vocab: int) -> list[tuple[list[int], int]]:
@@ -72,36 +108,42 @@ def examples(count: int, vocab: int) -> list[tuple[list[int], int]]:
 
 
 def result(tokens: list[int], seconds: list[float], losses: list[float]) -> dict[str, Any]:
-    """Of everything after the first step."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    """Of everything after the first step, or on a GPU the first four."""
+    import torch
+
+    peak, skip = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 1
+    if torch.cuda.is_initialized():
+        peak, skip = torch.cuda.max_memory_reserved() / 1e9, 4
     return {
-        "tokens_per_second": sum(tokens[1:]) / sum(seconds[1:]),
+        "tokens_per_second": sum(tokens[skip:]) / sum(seconds[skip:]),
         "peak_gb": peak,
         "seconds": seconds,
         "first_loss": losses[0],
     }
 
 
-def ours(folder: Path, shape: dict, count: int, setting: dict[str, Any]) -> dict[str, Any]:
+def ours(folder: Path, shape: dict, count: int, setting: dict[str, Any], device: str) -> dict[str, Any]:
     """Our loop's parts: batch, loss, backward, AdamW."""
     import torch
 
     from criadero import lora
     from criadero.chat import Example
     from criadero.checkpoints import load_frozen, load_model
-    from criadero.train import fast
+    from criadero.train import fast, gpu
     from criadero.train.batches import rows_to_batch
     from criadero.train.hardware import keep_memory
     from criadero.train.loss import next_token_loss
+    from criadero.train.memory import Needs
     from criadero.train.optim import Optimizer
 
     keep_memory()
     load = load_frozen if "bits" in setting else load_model
-    model = load(quantised(folder, setting["bits"]) if "bits" in setting else folder, dtype=torch.bfloat16)
+    model = load(quantised(folder, setting["bits"]) if "bits" in setting else folder, dtype=torch.bfloat16).to(device)
     parameters = lora.attach(model, rank=16, alpha=32.0)
     if setting.get("int8"):
         fast.multiply_in_int8(model)
-    length = setting.get("row", ROW)
+    gpu.prepare(model, setting.get("checkpointing", "off"), setting.get("compile", "off"), *[Needs(0, 0, 0, 0, 0)] * 2)
+    length, together = setting.get("row", ROW), setting.get("rows", 1)
     optimizer = Optimizer(parameters, method="adamw", weight_decay=0.0, betas=(0.9, 0.999))
     rows: list[list[Example]] = [[]]
     for ids, question in examples(count, shape["vocab_size"]):
@@ -109,13 +151,15 @@ def ours(folder: Path, shape: dict, count: int, setting: dict[str, Any]) -> dict
             rows.append([])
         rows[-1].append(Example(ids, [False] * question + [True] * (len(ids) - question)))
     tokens, seconds, losses = [], [], []
-    for row in rows:
+    for start in range(0, len(rows), together):
         began = time.perf_counter()
-        batch = rows_to_batch([row], length, 0, torch.bfloat16)
+        batch = rows_to_batch(rows[start : start + together], length, 0, torch.bfloat16, device)
         loss, supervised, _ = next_token_loss(model, batch)
         loss.backward()
         optimizer.collect()
         optimizer.step(1e-4, divide_by=supervised, clip=1.0)
+        if device == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
         tokens.append(batch.tokens)
         losses.append(float(loss.detach()) / supervised)
@@ -153,8 +197,8 @@ def quantise(folder: Path, bits: int) -> None:
     write_quantised(state, model.config, folder.with_name(f"{folder.name}-int{bits}"), dtype=torch.bfloat16)
 
 
-def trl(folder: Path, shape: dict, count: int, setting: dict[str, Any]) -> dict[str, Any]:
-    """TRL's SFTTrainer with PEFT's LoRA, micro-batches of four, two a step."""
+def trl(folder: Path, shape: dict, count: int, setting: dict[str, Any], device: str) -> dict[str, Any]:
+    """TRL's SFTTrainer with PEFT's LoRA, micro-batches of four, two a step; on a GPU 32 at once, about as many tokens as ours."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -168,7 +212,11 @@ def trl(folder: Path, shape: dict, count: int, setting: dict[str, Any]) -> dict[
         tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
     narrow = setting.get("bf16", True)
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if narrow else torch.float32, use_cache=False)
+    given = {name: value for name, value in setting.items() if name not in ("attention", "batch")}
+    model = LlamaForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16 if narrow else torch.float32, use_cache=False,
+        **({"attn_implementation": setting["attention"]} if "attention" in setting else {}),
+    )  # fmt: skip
     rows = [
         {"input_ids": ids, "labels": [-100] * question + ids[question:]}
         for ids, question in examples(count, shape["vocab_size"])
@@ -183,6 +231,8 @@ def trl(folder: Path, shape: dict, count: int, setting: dict[str, Any]) -> dict[
             counts.append(0)
 
         def on_step_end(self, *args: Any, **more: Any) -> None:
+            if device == "cuda":
+                torch.cuda.synchronize()
             seconds.append(time.perf_counter() - self.began)
 
     class Counting(SFTTrainer):
@@ -200,9 +250,10 @@ def trl(folder: Path, shape: dict, count: int, setting: dict[str, Any]) -> dict[
 
     with tempfile.TemporaryDirectory() as out:
         config = SFTConfig(
-            output_dir=out, per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=1,
-            use_cpu=True, report_to=[], save_strategy="no", learning_rate=1e-4, logging_steps=1000, disable_tqdm=True,
-            dataloader_pin_memory=False, **({"bf16": True} | setting),
+            output_dir=out, per_device_train_batch_size=setting.get("batch", 4),
+            gradient_accumulation_steps=1 if "batch" in setting else 2, num_train_epochs=1, use_cpu=device == "cpu",
+            report_to=[], save_strategy="no", learning_rate=1e-4, logging_steps=1000, disable_tqdm=True,
+            dataloader_pin_memory=False, **({"bf16": True} | given),
         )  # fmt: skip
         adapter = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM")
         data = Dataset.from_list(rows)
@@ -248,6 +299,10 @@ def main() -> None:
         "--ours", default="", help="of ours, measure only the settings whose name holds this text, and the first"
     )
     parser.add_argument("--shape", choices=sorted(SHAPES), default="135m")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--peak", type=float, default=0.0, help="bf16 TFLOPS of the device, for the share that was used"
+    )
     parser.add_argument("--examples", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", action="store_true")
@@ -259,15 +314,14 @@ def main() -> None:
     if arguments.quantise:
         quantise(arguments.weights, arguments.quantise)
         return
+    mine, theirs = settings(arguments.device)
     if arguments.side:
-        if arguments.side in OURS:
-            done = ours(arguments.weights, shape, arguments.examples, OURS[arguments.side])
-        else:
-            done = trl(arguments.weights, shape, arguments.examples, PEERS[arguments.side])
+        run_side, setting = (ours, mine) if arguments.side in mine else (trl, theirs)
+        done = run_side(arguments.weights, shape, arguments.examples, setting[arguments.side], arguments.device)
         print(json.dumps(done))
         return
-    sides = [name for name in OURS if arguments.ours in name or name == "Criadero"]
-    sides = [*sides, *(name for name in PEERS if arguments.peer == "trl" and arguments.only in name)]
+    sides = [name for name in mine if arguments.ours in name or name == "Criadero"]
+    sides = [*sides, *(name for name in theirs if arguments.peer == "trl" and arguments.only in name)]
     with tempfile.TemporaryDirectory() as scratch:
         weights = arguments.weights or Path(scratch) / "weights"
         if not weights.exists():
@@ -276,7 +330,7 @@ def main() -> None:
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
         for _ in range(arguments.rounds):
             for name in sides:
-                python = sys.executable if name in OURS else arguments.peer_python
+                python = sys.executable if name in mine else arguments.peer_python
                 env = dict(os.environ) | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
                 if "tuned" in name:
                     env["GLIBC_TUNABLES"] = KEEP
@@ -291,7 +345,7 @@ def main() -> None:
                     "--weights",
                     str(weights),
                 ]
-                command += ["--examples", str(arguments.examples)]
+                command += ["--examples", str(arguments.examples), "--device", arguments.device]
                 run = subprocess.run(command, env=env, capture_output=True, text=True)
                 if run.returncode:
                     sys.exit(f"{name}: {run.stderr.strip()[-2000:]}")
@@ -304,6 +358,9 @@ def main() -> None:
     for name, runs in found.items():
         peak, loss = max(one["peak_gb"] for one in runs), runs[0]["first_loss"]
         print(f"| {name} | {speed[name]:,.0f} | {peak:.1f} | {loss:.3f} | {speed['Criadero'] / speed[name]:.2f}x |")
+    if arguments.peak:
+        for name in found:
+            print(f"{name}: {4 * products(shape) * speed[name] / arguments.peak / 1e12:.1%} of the device's peak")
 
 
 if __name__ == "__main__":

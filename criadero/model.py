@@ -21,12 +21,15 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from criadero.config import ModelConfig, rope_frequencies
 from criadero.errors import UserError
 
 # attend(layer, q, k, v): q [B, H, T, Dh], k and v [B, K, T, Dh] -> [B, H, T, Dh]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# the two halves of a block, before and after attention: `before_attention` and `after_attention`, or the same compiled
+Halves = tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], Callable[..., Tensor]]
 
 __all__ = ["Attend", "DocumentMask", "KVCache", "Llama", "ModelConfig", "causal", "rope_frequencies"]
 
@@ -133,13 +136,17 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries ``[B, H, T, Dh]``, keys and values ``[B, K, T, Dh]`` of x ``[B, T, D]``, queries and keys turned by RoPE."""
         batch, length, _ = x.shape
         q = self.q_proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)  # [B, H, T, Dh]
         k = self.k_proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)  # [B, K, T, Dh]
         v = self.v_proj(x).view(batch, length, -1, self.head_dim).transpose(1, 2)  # [B, K, T, Dh]
-        out = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)  # [B, H, T, Dh]
-        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))  # [B, T, D]
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def join(self, out: Tensor) -> Tensor:
+        """What the heads found, ``[B, H, T, Dh] -> [B, T, D]``."""
+        return self.o_proj(out.transpose(1, 2).reshape(out.shape[0], out.shape[2], -1))
 
 
 class MLP(nn.Module):
@@ -163,9 +170,24 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, halves: Halves | None = None) -> Tensor:
+        before, after = halves or HALVES
+        q, k, v = before(self, x, cos, sin)
+        return after(self, x, attend(self.self_attn.layer, q, k, v))
+
+
+def before_attention(block: Block, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x ``[B, T, D]`` -> q ``[B, H, T, Dh]``, k and v ``[B, K, T, Dh]``."""
+    return block.self_attn.project(block.input_layernorm(x), cos, sin)
+
+
+def after_attention(block: Block, x: Tensor, out: Tensor) -> Tensor:
+    """x ``[B, T, D]`` and what attention found ``[B, H, T, Dh]`` -> ``[B, T, D]``."""
+    x = x + block.self_attn.join(out)
+    return x + block.mlp(block.post_attention_layernorm(x))
+
+
+HALVES: Halves = (before_attention, after_attention)
 
 
 class Trunk(nn.Module):
@@ -191,6 +213,8 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        # how it learns (criadero.train.gpu): what computes a block, and whether that is done again on the way back
+        self.halves, self.checkpointing = HALVES, False
         self._rope: tuple[Tensor, float] | None = None  # not a buffer: a change of dtype must leave it in float32
 
     @torch.no_grad()
@@ -229,8 +253,14 @@ class Llama(nn.Module):
             positions = torch.arange(start, start + ids.shape[1], device=ids.device)
         x = self.model.embed_tokens(ids)  # [B, T, D]
         cos, sin = self.rotary(positions, x.dtype)
+        learning = torch.is_grad_enabled()
+        if learning and self.halves is not HALVES:
+            x.requires_grad_()  # under adapters the first block's does not: it would have to be compiled for itself
         for block in self.model.layers:
-            x = block(x, cos, sin, attend or causal)
+            if learning and self.checkpointing:
+                x = checkpoint(block, x, cos, sin, attend or causal, self.halves, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, attend or causal, self.halves if learning else HALVES)
         x = self.model.norm(x)
         return x if return_hidden else self.logits(x)
 

@@ -209,6 +209,7 @@ def _computed_by(model: Llama) -> dict[str, str]:
     have the same instructions: hence what became of ``base_matmul = "auto"``, and how bfloat16 is multiplied."""
     found = {"threads": str(torch.get_num_threads()), "kernels": kernels.level(), "PyTorch": torch.__version__}
     found["bfloat16"] = "multiplied as it is" if fast.multiplies_bfloat16() else "multiplied as float32"
+    found["device"] = model.model.embed_tokens.weight.device.type
     if fast.has_adapters(model):
         found["base_matmul"] = "int8" if fast.multiplies_in_int8(model) else "exact"
     return found

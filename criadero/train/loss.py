@@ -111,9 +111,12 @@ class BlockAttention:
 def attention_for(batch: Batch) -> Attend:
     """The fastest attention that keeps the documents of a packed batch apart."""
     from criadero.model import DocumentMask, causal
+    from criadero.train.gpu import without_mask
 
     if batch.ids.device.type == "cpu" and batch.ids.shape[1] <= 1024:
         return BlockAttention(batch.segments, batch.dtype)
+    if batch.ids.device.type != "cpu":
+        return without_mask(batch.segments)
     if bool((batch.segments == batch.segments[:, :1]).all()):
         return causal
     return DocumentMask(batch.segments)

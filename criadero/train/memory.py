@@ -7,6 +7,7 @@ The figures are arithmetic over the shape: `Needs` says each part. ``fit`` tries
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,19 +64,24 @@ def adapter_weights(config: ModelConfig, rank: int, targets: Sequence[str], dora
 
 def needs(
     config: ModelConfig, *, method: str, trained: int, micro_tokens: int, length: int, dtype: torch.dtype,
-    weight_bytes: int | None = None, keep_best: bool = True, compiled: bool = False,
+    weight_bytes: int | None = None, keep_best: bool = True, compiled: bool = False, checkpointing: bool = False,
+    device: str = "cpu",
 ) -> Needs:  # fmt: skip
     """Of training ``trained`` weights with ``micro_tokens`` computed at once in rows of ``length`` tokens. ``weight_bytes``: of the
-    base where it is not held in ``dtype`` (QLoRA). ``compiled``: by the compiled kernels, which keep no scores of attention."""
+    base where it is not held in ``dtype`` (QLoRA). ``compiled``: by the compiled kernels, which keep no scores of attention, as on a
+    GPU, and need no ``checkpointing``, which keeps what goes into each block, and of one block all."""
     width = dtype.itemsize
     hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     weights = config.parameters() * width if weight_bytes is None else weight_bytes
     # a frozen layer keeps no input for its own gradient, but an adapter's A keeps the same one
-    per_token = layers * (14 * hidden + 5 * inner) * width
-    scores = layers * config.num_attention_heads * min(length, 1024) * 3 * width  # attention over short rows
-    if compiled:
-        per_token, scores = layers * (5 * hidden + 3 * inner) * width, 0
-    activations = micro_tokens * (per_token + scores)
+    block = (14 * hidden + 5 * inner) * width
+    scores = config.num_attention_heads * min(length, 1024) * 3 * width  # attention over short rows
+    if compiled or device != "cpu":
+        block, scores = (5 * hidden + 3 * inner) * width if compiled else block, 0
+    per_token = layers * (block + scores)
+    if checkpointing and not compiled:
+        per_token = layers * hidden * width + block + scores
+    activations = micro_tokens * per_token
     if method == "qlora":  # one matrix at a time is written out
         activations += hidden * inner * (width + 4)
     logits = min(micro_tokens, CHUNK) * config.vocab_size * (4 + 2 * width)
@@ -89,9 +95,16 @@ def needs(
     )
 
 
-def check_memory(needed: int) -> None:
+def free_memory(device: str | torch.device) -> int | None:
+    """Bytes that can be had there, of the machine, or of the GPU with what this process has of it; None where nobody says."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return available_memory_bytes()
+
+
+def check_memory(needed: int, device: str = "cpu") -> None:
     """Refuse a run that cannot fit, with the numbers, before it starts."""
-    free = available_memory_bytes()
+    free = free_memory(device)
     if free is not None and needed > free:
         raise UserError(
             f"this run needs about {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free; "
@@ -114,24 +127,29 @@ class Fit:
     micro_tokens: int
     needs: Needs
     why: str
+    checkpointing: bool = False
 
 
 def fit(
     config: ModelConfig, *, budget: float, method: str, rank: int, targets: Sequence[str], longest: int, context: int,
     micro_tokens: int, dtype: torch.dtype, packed: int | None, may_cut: bool, base: str, compiled: bool,
+    checkpointing: str = "off", device: str = "cpu",
 ) -> Fit:  # fmt: skip
     """The best settings within ``budget`` bytes. ``longest``: tokens of the longest example; ``packed``: bytes of the base where it
-    lies there in 4 or 8 bits, else None; ``may_cut``: whether longer examples may be split, dropped or cut.
+    lies there in 4 or 8 bits, else None; ``may_cut``: whether longer examples may be split, dropped or cut. ``checkpointing``, on, off or
+    auto, matters where PyTorch computes; auto takes it where the fewest tokens at once do not fit without.
 
     UserError with the numbers when nothing fits, or only what may not be done without asking.
     """
 
-    def tried(method: str, length: int, micro: int) -> Needs:
+    ways = [False] if compiled or checkpointing == "off" else [True] if checkpointing == "on" else [False, True]
+
+    def tried(method: str, length: int, micro: int, again: bool = ways[-1]) -> Needs:
         trained = config.parameters() if method == "full" else adapter_weights(config, rank, targets, method == "dora")
         weight_bytes = packed if method == "qlora" else None
         return needs(
             config, method=method, trained=trained, micro_tokens=max(micro, length), length=length, dtype=dtype,
-            weight_bytes=weight_bytes, compiled=compiled,
+            weight_bytes=weight_bytes, compiled=compiled, checkpointing=again, device=device,
         )  # fmt: skip
 
     methods = [method]
@@ -141,10 +159,11 @@ def fit(
     lengths = [whole] + ([n for n in (4096, 2048, 1024, 512, 256, SHORTEST) if n < whole] if may_cut else [])
     for length in lengths:
         for one in methods:
-            for micro in _halved(micro_tokens, length):
-                found = tried(one, length, micro)
+            for again, micro in itertools.product(ways, _halved(micro_tokens, length)):
+                found = tried(one, length, micro, again)
                 if found.total <= budget:
-                    return Fit(one, length, micro, found, _why(method, one, whole, length, micro_tokens, micro, budget))
+                    why = _why(method, one, whole, length, micro_tokens, micro, budget)
+                    return Fit(one, length, micro, found, why + ("; blocks computed again" if again else ""), again)
     smallest = tried(methods[-1], lengths[-1], lengths[-1])
     advice = []
     if method == "full" and (less := tried("lora", whole, whole)).total <= budget:

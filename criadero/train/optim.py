@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of Muon (K. Jordan, 2024)
 
@@ -40,7 +41,7 @@ class Optimizer:
     def __init__(
         self, parameters: Iterable[tuple[str, nn.Parameter]], *, method: str, weight_decay: float,
         betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, momentum: float = 0.95,
-        scales: dict[str, float] | None = None,
+        scales: dict[str, float] | None = None, fused: bool | None = None,
     ) -> None:  # fmt: skip
         self.parameters = dict(parameters)
         self.weight_decay, self.betas, self.eps, self.momentum = weight_decay, betas, eps, momentum
@@ -53,6 +54,10 @@ class Optimizer:
         self.second = {name: torch.zeros_like(m) for name, m in self.masters.items() if name not in self.muon}
         self.grads = {name: torch.zeros_like(m) for name, m in self.masters.items()}
         self.steps = 0
+        on_gpu = any(p.device.type == "cuda" for p in self.parameters.values())
+        self.fused = (
+            on_gpu if fused is None else fused
+        )  # AdamW in one kernel for many tensors, and a norm that waits once
 
     def collect(self) -> None:
         """Add every ``.grad`` to the float32 sums and clear it."""
@@ -65,14 +70,21 @@ class Optimizer:
     def step(self, lr: float, *, divide_by: float, clip: float) -> float:
         """One update with the summed gradients divided by ``divide_by`` and clipped to norm ``clip``; returns the norm before
         clipping. A gradient that is not finite raises ``FloatingPointError`` and changes nothing."""
-        norm = math.sqrt(sum(float(g.square().sum()) for g in self.grads.values())) / divide_by
+        sums = list(self.grads.values())
+        if self.fused:
+            norm = float(torch.stack(torch._foreach_norm(sums)).norm()) / divide_by
+        else:
+            norm = math.sqrt(sum(float(g.square().sum()) for g in sums)) / divide_by
         if not math.isfinite(norm):
             raise FloatingPointError("the gradient is not finite")
         factor = min(1.0, clip / (norm + 1e-6)) / divide_by if clip > 0 else 1.0 / divide_by
         self.steps += 1
         beta1, beta2 = self.betas
+        done = self._fused_adamw(lr, factor) if self.fused else set()
         correct1, correct2 = 1 - beta1**self.steps, 1 - beta2**self.steps
         for name, master in self.masters.items():
+            if name in done:
+                continue
             grad = self.grads[name].mul_(factor)
             rate = lr * self.scales.get(name, 1.0)
             if master.ndim == 2 and self.weight_decay:
@@ -91,6 +103,27 @@ class Optimizer:
             self.parameters[name].copy_(master)
             grad.zero_()
         return norm
+
+    def _fused_adamw(self, lr: float, factor: float) -> set[str]:
+        """The step of every tensor that AdamW has, by PyTorch's fused kernel; their names. Rounds otherwise than the loop in `step`."""
+        groups: dict[tuple[float, float], list[str]] = {}
+        for name, master in self.masters.items():
+            if name not in self.muon:
+                kind = lr * self.scales.get(name, 1.0), self.weight_decay if master.ndim == 2 else 0.0
+                groups.setdefault(kind, []).append(name)
+        for (rate, decay), names in groups.items():
+            masters, grads, first, second = (
+                [part[name] for name in names] for part in (self.masters, self.grads, self.first, self.second)
+            )
+            torch._foreach_mul_(grads, factor)
+            steps = torch.full((len(names),), self.steps - 1.0, device=masters[0].device)
+            adamw(
+                masters, grads, first, second, [], list(steps.unbind()), fused=True, amsgrad=False,
+                beta1=self.betas[0], beta2=self.betas[1], lr=rate, weight_decay=decay, eps=self.eps, maximize=False,
+            )  # fmt: skip
+            torch._foreach_copy_([self.parameters[name] for name in names], masters)
+            torch._foreach_zero_(grads)
+        return {name for names in groups.values() for name in names}
 
     def state(self) -> dict[str, Tensor]:
         """Everything an exact resume needs, as named float32 tensors (the gradient sums are empty between steps)."""

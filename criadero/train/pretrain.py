@@ -17,7 +17,7 @@ from criadero.card import read_words, write_card
 from criadero.errors import UserError
 from criadero.model import Llama, ModelConfig
 from criadero.tokenizer import Tokenizer, load_tokenizer
-from criadero.train import fast
+from criadero.train import fast, gpu
 from criadero.train.batches import IGNORE, Batch, TokenBatches, TokenFile, held_out_batches
 from criadero.train.checkpoint import resumed_dtype
 from criadero.train.hardware import choose_dtype, keep_memory, peak_memory_bytes
@@ -66,6 +66,8 @@ class PretrainRecipe:
     isolate_documents: bool = field(default=True, metadata={"help": "no token sees another document in its row"})
     mix: tuple[Mix, ...] = field(default=(), metadata={"help": "[[mix]] tables: how often each source is read"})
     dtype: Literal["auto", "float32", "bfloat16"] = field(default="auto", metadata={"help": "auto measures first"})
+    gradient_checkpointing: gpu.Switch = field(default="auto", metadata={"help": gpu.CHECKPOINTING})
+    compile: gpu.Switch = field(default="auto", metadata={"help": gpu.COMPILE})
     seed: int = field(default=1, metadata={"help": "weights and data order"})
     eval_every: int = field(default=200, metadata={"help": "steps between held-out losses"})
     eval_tokens: int = field(default=20_000, metadata={"help": "held-out tokens a language and kind"})
@@ -140,13 +142,17 @@ def pretrain(recipe: PretrainRecipe, out: Path, *, overwrite: bool = False, resu
         say(
             f"run: {steps} steps of {per_step:,} tokens, {steps * per_step / stable.tokens_per_epoch:.2f} passes over the mix"
         )
-        memory = needs(
-            config, method="full", trained=config.parameters(), micro_tokens=rows * recipe.context, length=recipe.context,
-            dtype=dtype, keep_best=False, compiled=fast.obstacle(model) is None,
+        plain, saving = (
+            needs(
+                config, method="full", trained=config.parameters(), micro_tokens=rows * recipe.context, length=recipe.context,
+                dtype=dtype, keep_best=False, compiled=fast.obstacle(model) is None, checkpointing=again, device=device,
+            ) for again in (False, True)
         )  # fmt: skip
-        say(f"computing in {why}, with {fast.describe(model)}; {torch.get_num_threads()} threads")
+        memory, how = gpu.prepare(model, recipe.gradient_checkpointing, recipe.compile, plain, saving)
+        code = ", ".join(filter(None, (fast.describe(model), how)))
+        say(f"computing in {why}, with {code}; {torch.get_num_threads()} threads")
         say(f"memory: about {memory.words()}")
-        check_memory(memory.total)
+        check_memory(memory.total, device)
         optimizer = Optimizer(model.named_parameters(), method=recipe.optimizer, weight_decay=recipe.weight_decay)
         plan = Plan(
             steps=steps, micro_batches=micro_batches, lr=recipe.lr, schedule=recipe.schedule, warmup=recipe.warmup,

@@ -25,7 +25,7 @@ from criadero.data.chats import ChatFile, Shape
 from criadero.errors import UserError
 from criadero.model import Llama, ModelConfig
 from criadero.tokenizer import Tokenizer
-from criadero.train import fast
+from criadero.train import fast, gpu
 from criadero.train.answers import answers, choose
 from criadero.train.batches import Batch, ExampleBatches, pack_examples, rows_to_batch
 from criadero.train.checkpoint import resumed_dtype, resumed_matmul
@@ -143,6 +143,8 @@ class SftRecipe:
     weight_decay: float = field(default=0.0, metadata={"help": "on matrices"})
     clip: float = field(default=1.0, metadata={"help": "largest gradient norm"})
     dtype: Literal["auto", "float32", "bfloat16"] = field(default="auto", metadata={"help": "auto measures first"})
+    gradient_checkpointing: gpu.Switch = field(default="auto", metadata={"help": gpu.CHECKPOINTING})
+    compile: gpu.Switch = field(default="auto", metadata={"help": gpu.COMPILE})
     fit: float = field(
         default=0.0,
         metadata={
@@ -234,10 +236,12 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
                 config, budget=recipe.fit * 1e9, method=recipe.method, rank=recipe.lora_rank, targets=recipe.lora_targets,
                 longest=min(prepared.report.longest, context), context=context, micro_tokens=recipe.micro_tokens, dtype=dtype,
                 packed=None if recipe.merged else packed, may_cut=recipe.too_long != "refuse" and not lesson, base=recipe.base,
-                compiled=device == "cpu" and fast.compiled(),
+                compiled=device == "cpu" and fast.compiled(), checkpointing=recipe.gradient_checkpointing, device=device,
             )  # fmt: skip
             say(f"fit {recipe.fit:g} GB: {fitted.why}")
             recipe = dataclasses.replace(recipe, method=fitted.method, micro_tokens=fitted.micro_tokens)  # type: ignore[arg-type]
+            if fitted.checkpointing:
+                recipe = dataclasses.replace(recipe, gradient_checkpointing="on")
             adapts = recipe.method != "full"
             if fitted.max_length < min(prepared.report.longest, context):
                 context = fitted.max_length
@@ -286,18 +290,21 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
         )
         ends = _ends(config, prepared.train, tokenizer)
         trained = sum(p.numel() for _, p in parameters)
-        memory = needs(
-            config, method=recipe.method, trained=trained, micro_tokens=rows * length, length=length, dtype=dtype,
-            weight_bytes=packed if recipe.method == "qlora" else None, keep_best=bool(evaluation),
-            compiled=fast.obstacle(model) is None,
+        plain, saving = (
+            needs(
+                config, method=recipe.method, trained=trained, micro_tokens=rows * length, length=length, dtype=dtype,
+                weight_bytes=packed if recipe.method == "qlora" else None, keep_best=bool(evaluation),
+                compiled=fast.obstacle(model) is None, checkpointing=again, device=device,
+            ) for again in (False, True)
         )  # fmt: skip
-        check_memory(memory.total)
+        memory, how = gpu.prepare(model, recipe.gradient_checkpointing, recipe.compile, plain, saving)
+        check_memory(memory.total, device)
         speed = measure_speed(model, batches(0), objective)
         show(
             prepared.report, tokenizer, prepared.train[0], base=recipe.base, method=recipe.method, trained=trained,
             total=config.parameters(), steps=steps, tokens=int(epochs * prepared.report.tokens),
             epochs=epochs, batch_tokens=batch_tokens, memory=memory, speed=speed, why=why,
-            code=fast.describe(model), lr=lr, rule=rule[0],
+            code=", ".join(filter(None, (fast.describe(model), how))), lr=lr, rule=rule[0],
         )  # fmt: skip
         before = held_out_loss(model, evaluation)
         taught = held_out_batches(lesson.held_out, length, rows, pad, dtype, device) if lesson else []
