@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -18,7 +19,9 @@ from criadero import lora
 from criadero.chat import Example
 from criadero.errors import UserError
 from criadero.kernels import native
+from criadero.kernels.formats import QuantTensor
 from criadero.model import Attend, DocumentMask, Llama, causal
+from criadero.quant_linear import QuantLinear
 from criadero.run import make
 from criadero.train import gpu
 from criadero.train.batches import Batch, rows_to_batch
@@ -63,9 +66,16 @@ def furthest(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
     return max(float((got[name] - want[name]).norm() / want[name].norm().clamp_min(1e-12)) for name in want)
 
 
-def adapted(dropout: float = 0.0, **changes: Any) -> Llama:
+def adapted(dropout: float = 0.0, dora: bool = False, packed: bool = False, **changes: Any) -> Llama:
     model = tiny.model(**changes)
-    lora.attach(model, rank=4, alpha=8.0, dropout=dropout)
+    for name, layer in list(model.model.layers.named_modules()) if packed else ():
+        if isinstance(layer, torch.nn.Linear):
+            parent, _, child = name.rpartition(".")
+            numbers = (layer.weight.detach() * 20).round().clamp(-127, 127).to(torch.int8).numpy()
+            scales = np.full((len(numbers), numbers.shape[1] // 16), 0.05, np.float16)
+            weight = QuantLinear(QuantTensor(8, 16, numbers, scales, None), torch.float32)
+            setattr(model.model.layers.get_submodule(parent), child, weight)
+    lora.attach(model, rank=4, alpha=8.0, dropout=dropout, dora=dora)
     with torch.no_grad():
         for layer in lora.adapters(model).values():
             layer.lora_B.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
@@ -261,12 +271,13 @@ def test_tuning_with_checkpointing_gives_the_same_bytes(
 
 @compiler
 @pytest.mark.slow
-def test_compiled_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [{}, {"dora": True}, {"packed": True}], ids=["lora", "dora", "qlora"])
+def test_compiled_blocks(kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal to tolerance, for adapters, with checkpointing too; and however lengths vary, nothing is compiled again."""
     from torch._dynamo.utils import counters
 
     monkeypatch.setattr("criadero.train.gpu.fast.obstacle", lambda model: "without compiled kernels")
-    model = adapted(num_hidden_layers=10)
+    model = adapted(num_hidden_layers=10, **kind)
     shapes = [[[20, 33, 1], [64]], [[90], [40]], [[5, 6], [7], [100, 3]], [[64, 64]], [[33]]]
     shapes += [[[n, 2 * n], [n]] for n in range(9, 13)]
     batches = [batch(lengths, seed) for seed, lengths in enumerate(shapes)]

@@ -23,9 +23,7 @@ from criadero.train.memory import Needs, free_memory
 
 Switch = Literal["auto", "on", "off"]
 CHECKPOINTING = "compute each block again on the way back instead of keeping what it needs; auto: where memory would not do otherwise"
-COMPILE = (
-    "torch.compile of the blocks; auto: on a GPU, but for qlora and dora. The compiled kernels of CPUs need neither"
-)
+COMPILE = "torch.compile of the blocks; auto: on a GPU, but for qlora. The compiled kernels of CPUs need neither"
 NARROWEST = 64  # tokens of a group of documents
 
 
@@ -99,10 +97,11 @@ def prepare(model: Llama, wanted: Switch, compile: Switch, plain: Needs, saving:
         raise UserError(
             "compile: PyTorch needs a C++ compiler for it, and there is none; install g++, or leave compile out"
         )
-    hard = any(isinstance(m, QuantLinear) or getattr(m, "magnitude", None) is not None for m in model.modules())
-    if compile == "on" or (
-        compile == "auto" and device.type == "cuda" and find_spec("triton") is not None and not hard
-    ):
+    packed = any(
+        isinstance(module, QuantLinear) for module in model.modules()
+    )  # the compiler might keep it written out
+    may = device.type == "cuda" and find_spec("triton") is not None and not packed
+    if compile == "on" or (compile == "auto" and may):
         # lengths differ from batch to batch: dynamic shapes, or it would compile again and again
         model.halves = (torch.compile(HALVES[0], dynamic=True), torch.compile(HALVES[1], dynamic=True))
         said.append("blocks compiled")

@@ -55,9 +55,8 @@ class Optimizer:
         self.grads = {name: torch.zeros_like(m) for name, m in self.masters.items()}
         self.steps = 0
         on_gpu = any(p.device.type == "cuda" for p in self.parameters.values())
-        self.fused = (
-            on_gpu if fused is None else fused
-        )  # AdamW in one kernel for many tensors, and a norm that waits once
+        # AdamW in one kernel for many tensors, and a norm that waits for the GPU once
+        self.fused = on_gpu if fused is None else fused
 
     def collect(self) -> None:
         """Add every ``.grad`` to the float32 sums and clear it."""
