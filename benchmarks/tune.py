@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -111,7 +110,8 @@ def result(tokens: list[int], seconds: list[float], losses: list[float]) -> dict
     """Of everything after the first step, or on a GPU the first four."""
     import torch
 
-    peak, skip = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 1
+    # not ru_maxrss, which a process inherits from the one that started it: that one has made the weights
+    peak, skip = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024 / 1e9, 1
     if torch.cuda.is_initialized():
         peak, skip = torch.cuda.max_memory_reserved() / 1e9, 4
     return {

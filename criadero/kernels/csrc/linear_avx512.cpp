@@ -18,8 +18,9 @@ namespace {
 // and 1 KiB ahead into the first, a whole step of one row reads 29 GB/s with two cores, 26 with 4 KiB ahead into the first alone, 20 without.
 // On Zen 4, with a row or two, the processor fetches ahead by itself and these would only be in its way (25 GB/s with them, 30 without);
 // where much is computed between two loads it does not look far enough (int4, four rows: 21 GB/s with, 18 without).
+// The three of the innermost loops are inlined by force: GCC stops when a file has grown, and eight or sixteen rows lose a seventh then.
 template <bool KEEP, int LINES>
-inline void fetch(const uint8_t* p) {
+__attribute__((always_inline)) inline void fetch(const uint8_t* p) {
     UNROLL
     for (int i = 0; i < LINES; ++i) {
         if (KEEP) {
@@ -35,7 +36,7 @@ inline void fetch(const uint8_t* p) {
 // go side by side, for a chain after the other fills Intel's scheduler with what has to wait (16 rows, one core of Emerald Rapids:
 // 345 GOP/s so, 425 side by side).
 template <int J, int R>
-inline void dots(__m512i* c, const __m512i* w, const int8_t* q) {
+__attribute__((always_inline)) inline void dots(__m512i* c, const __m512i* w, const int8_t* q) {
     if (R <= 2) {
         __m512i d[R];
         UNROLL
@@ -61,7 +62,8 @@ inline void dots(__m512i* c, const __m512i* w, const int8_t* q) {
 
 // One span of `slices` x 32 columns, at p or, MAPPED, in rows: sums[m] += (what the span gives) x (the scale of the span's activations).
 template <Kind KIND, int GROUP, int M, bool KEEP, bool WHOLE, bool MAPPED>
-inline void span_product(const uint8_t* p, size_t bytes, const Rows& rows, size_t row_bytes, int slices, const Block& b, int span, __m512* sums) {
+__attribute__((always_inline)) inline void span_product(const uint8_t* p, size_t bytes, const Rows& rows, size_t row_bytes, int slices,
+                                                        const Block& b, int span, __m512* sums) {
     if (WHOLE) slices = SPAN / SLICE;
     constexpr int R = M > 8 ? M / 2 : M;  // rows side by side
     constexpr int STEP = KIND == Kind::int8 ? 512 : 256;              // bytes of a slice
