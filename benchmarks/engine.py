@@ -21,12 +21,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -233,24 +235,32 @@ def contestants(
     return wanted, sizes
 
 
+def converted(shape: str, type: str, folder: Path, save: Callable[[Any, Path], None]) -> Path:
+    """``folder``, made once: what ``save`` writes there of the model in the shape's file of this type."""
+    from shapes import write
+
+    from criadero.checkpoints import load_model
+
+    if not folder.exists():
+        partial = folder.with_suffix(".partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        file = write(shape, type, partial / "model.gguf", words=True)  # our reader wants a vocabulary
+        save(load_model(file), partial)
+        file.unlink()
+        partial.rename(folder)
+    return folder
+
+
 def packed_folder(shape: str, group: int, models: Path) -> Path:
     """A folder of ours with the numbers of the shape's Q4_0 file rounded again, to the nearest, in groups of ``group``, as
     benchmarks/openvino_model.py does; embedding and head in 8 bits."""
-    from shapes import write
 
-    folder = models / f"{shape}-int4-g{group}"
-    if not folder.exists():
-        import math
-
+    def save(model: Any, folder: Path) -> None:
         import torch
 
-        from criadero.checkpoints import load_model, write_quantised
+        from criadero.checkpoints import write_quantised
         from criadero.quantization.rounding import as_quant_tensor, nearest, round_matrix
 
-        partial = folder.with_suffix(".partial")
-        partial.mkdir(parents=True, exist_ok=True)
-        file = write(shape, "Q4_0", partial / "model.gguf", words=True)  # our reader wants a vocabulary
-        model = load_model(file)
         state: dict[str, Any] = dict(model.state_dict())
         for name, weight in model.state_dict().items():
             if name.startswith("model.layers.") and weight.ndim == 2:
@@ -261,30 +271,22 @@ def packed_folder(shape: str, group: int, models: Path) -> Path:
                 state[name] = as_quant_tensor(numbers, scales, 4, size)
             elif weight.ndim == 2:
                 state[name] = round_matrix(weight, 8, 32)
-        write_quantised(state, model.config, partial, dtype=torch.bfloat16, pack_tables=True)
-        file.unlink()
-        partial.rename(folder)
-    return folder
+        write_quantised(state, model.config, folder, dtype=torch.bfloat16, pack_tables=True)
+
+    return converted(shape, "Q4_0", models / f"{shape}-int4-g{group}", save)
 
 
 def hf_folder(shape: str, models: Path) -> Path:
     """A Hugging Face folder with the numbers of the shape's BF16 file, for transformers."""
-    from shapes import write
 
-    folder = models / f"{shape}-bf16"
-    if not folder.exists():
+    def save(model: Any, folder: Path) -> None:
         import torch
 
-        from criadero.checkpoints import load_model, save_hf
+        from criadero.checkpoints import save_hf
 
-        partial = folder.with_suffix(".partial")
-        partial.mkdir(parents=True, exist_ok=True)
-        file = write(shape, "BF16", partial / "model.gguf", words=True)  # our reader wants a vocabulary
-        model = load_model(file)
-        save_hf(model, model.config, partial, dtype=torch.bfloat16)
-        file.unlink()
-        partial.rename(folder)
-    return folder
+        save_hf(model, model.config, folder, dtype=torch.bfloat16)
+
+    return converted(shape, "BF16", models / f"{shape}-bf16", save)
 
 
 def report(result: dict[str, Any], shape: dict[str, int] | None) -> None:
