@@ -164,7 +164,12 @@ def test_fit_says_what_it_took(base: Path, tmp_path: Path, capsys: pytest.Captur
     data = tiny.write_chats(tmp_path / "data.jsonl")
     assert tune(base, data, "--out", tmp_path / "out", fit=0.5, epochs=1.0) == 0
     said = capsys.readouterr().err
-    assert "fit 0.5 GB: lora; examples of at most 128 tokens; 256 tokens at once" in said
+    longest = open_artifact(tmp_path / "out").passport["data"]["counts"]["longest"]
+    assert (
+        f"fit 0.5 GB: lora; 2 rows of 128 tokens at once; no chat is cut or split, the longest has {longest} tokens\n"
+        in said
+    )
+    assert "too long" not in said
     derived = open_artifact(tmp_path / "out").passport["step"]["derived"]
     assert (derived["method"], derived["max_length"], derived["micro_tokens"]) == ("lora", 128, 256)
     line = refusal(capsys, tmp_path / "x", base, data, fit=0.1)
@@ -487,6 +492,15 @@ def test_policies_for_long_chats_and_their_counts(tmp_path: Path) -> None:
         UserError, match=r"3 chats are longer than 40 tokens \(the longest has .*choose --too_long split, drop"
     ):
         preflight.check(prepared(tmp_path, data, 40, held_out_share=0).report)
+
+
+def test_held_out_chats_that_are_cut_are_counted(tmp_path: Path) -> None:
+    """They are cut under every rule, as no weights depend on them; but never silently."""
+    data = mixed(tmp_path)
+    cut = prepared(tmp_path, tiny.write_chats(tmp_path / "short.jsonl", 4), 40, held_out=str(data)).report
+    assert (cut.too_long, cut.truncated_tokens, cut.held_out_cut) == (0, 0, 3)
+    assert preflight.shortened(cut) == "3 held-out chats cut"
+    assert prepared(tmp_path, data, 1000, held_out=str(data)).report.held_out_cut == 0
 
 
 def test_runs_in_which_nothing_would_be_learned_are_refused(

@@ -89,7 +89,9 @@ def prepare(recipe: SftRecipe, data: Path, tokenizer: Tokenizer, template: Templ
     kept = examples(chats, recipe.too_long, report)
     train_examples = [example for example, _ in kept]
     # what it is measured on is cut, never refused: no weights depend on it
-    held_out = [example for example, _ in examples(kept_apart, "truncate", Report("", "", 0, "", context))]
+    apart = Report("", "", 0, "", context)
+    held_out = [example for example, _ in examples(kept_apart, "truncate", apart)]
+    report.held_out_cut = apart.too_long
     report.count(train_examples, held_out)
     return Prepared(train_examples, held_out, report, chat_file, kept_apart, [place for _, place in kept])
 

@@ -22,7 +22,7 @@ from criadero.train.loss import CHUNK
 PROCESS = 360 * 10**6  # Python, PyTorch and its threads, before the first tensor
 SLACK = 0.45  # of activations and logits: temporaries, and what the allocator keeps between tensors; measured in adapter runs
 SLACK_COMPILED = 0.15  # the same where the compiled kernels train, which keep less
-SHORTEST = 128  # tokens of an example, below which nobody is served
+SHORTER = (4096, 2048, 1024, 512, 256, 128)  # tokens of an example, to which `fit` may cut; below them nobody is served
 
 
 @dataclass(frozen=True)
@@ -123,89 +123,72 @@ class Fit:
     """What fits: the settings to take, what they need, and why."""
 
     method: str
-    max_length: int
-    micro_tokens: int
+    length: int  # tokens in a row, which no example exceeds
+    rows: int  # computed at once
+    wanted: int  # rows that would be, without a limit
     needs: Needs
-    why: str
+    why: str  # the method
     checkpointing: bool = False
 
 
 def fit(
-    config: ModelConfig, *, budget: float, method: str, rank: int, targets: Sequence[str], longest: int, context: int,
+    config: ModelConfig, *, budget: float, method: str, rank: int, targets: Sequence[str], longest: int, row: int,
     micro_tokens: int, dtype: torch.dtype, packed: int | None, may_cut: bool, base: str, compiled: bool,
     checkpointing: str = "off", device: str = "cpu",
 ) -> Fit:  # fmt: skip
-    """The best settings within ``budget`` bytes. ``longest``: tokens of the longest example; ``packed``: bytes of the base where it
-    lies there in 4 or 8 bits, else None; ``may_cut``: whether longer examples may be split, dropped or cut. ``checkpointing``, on, off or
-    auto, matters where PyTorch computes; auto takes it where the fewest tokens at once do not fit without.
+    """The best settings within ``budget`` bytes. ``longest``: tokens of the longest example, ``row`` of the rows it is packed into;
+    ``micro_tokens``: how many would be computed at once without a limit; ``packed``: bytes of the base where it lies there in 4 or 8
+    bits, else None; ``may_cut``: whether longer examples may be split, dropped or cut. ``checkpointing``, on, off or auto, matters
+    where PyTorch computes; auto takes it where the fewest tokens at once do not fit without.
 
     UserError with the numbers when nothing fits, or only what may not be done without asking.
     """
 
     ways = [False] if compiled or checkpointing == "off" else [True] if checkpointing == "on" else [False, True]
 
-    def tried(method: str, length: int, micro: int, again: bool = ways[-1]) -> Needs:
+    def tried(method: str, length: int, rows: int = 1, again: bool = ways[-1]) -> Needs:
         trained = config.parameters() if method == "full" else adapter_weights(config, rank, targets, method == "dora")
         weight_bytes = packed if method == "qlora" else None
         return needs(
-            config, method=method, trained=trained, micro_tokens=max(micro, length), length=length, dtype=dtype,
+            config, method=method, trained=trained, micro_tokens=rows * length, length=length, dtype=dtype,
             weight_bytes=weight_bytes, compiled=compiled, checkpointing=again, device=device,
         )  # fmt: skip
 
     methods = [method]
     if packed is not None and method in ("lora", "dora"):
         methods.append("qlora")
-    whole = max(longest, min(context, SHORTEST))  # what no example is cut for
-    lengths = [whole] + ([n for n in (4096, 2048, 1024, 512, 256, SHORTEST) if n < whole] if may_cut else [])
+    lengths = [row] + ([n for n in SHORTER if n < longest] if may_cut else [])
     for length in lengths:
+        wanted = max(1, micro_tokens // length)
         for one in methods:
-            for again, micro in itertools.product(ways, _halved(micro_tokens, length)):
-                found = tried(one, length, micro, again)
+            for again, rows in itertools.product(ways, _halved(wanted)):
+                found = tried(one, length, rows, again)
                 if found.total <= budget:
-                    why = _why(method, one, whole, length, micro_tokens, micro, budget)
-                    return Fit(one, length, micro, found, why + ("; blocks computed again" if again else ""), again)
-    smallest = tried(methods[-1], lengths[-1], lengths[-1])
+                    why = one if one == method else f"{one}, because {method} needs {gb(tried(method, length).total)}"
+                    return Fit(one, length, rows, wanted, found, why, again)
+    smallest = tried(methods[-1], lengths[-1])
     advice = []
-    if method == "full" and (less := tried("lora", whole, whole)).total <= budget:
+    if method == "full" and (less := tried("lora", row)).total <= budget:
         advice.append(f"adapters would need {gb(less.total)}: --method lora")
     if packed is None and method != "full":
-        narrow = tried("lora", whole, whole)
-        quarter = dataclasses.replace(narrow, weights=round(config.parameters() * 0.6)).total
+        quarter = dataclasses.replace(tried("lora", row), weights=round(config.parameters() * 0.6)).total
         if quarter <= budget:
             advice.append(
                 f"a base in 4 bits would need about {gb(quarter)}: criadero quantize {base} --to int4, and tune that"
             )
-    if not may_cut and (shorter := tried(methods[-1], SHORTEST, SHORTEST).total) <= budget < smallest.total:
-        advice.append(
-            f"shorter examples would fit (from {gb(shorter)}): allow it with --too_long split, drop or truncate"
-        )
+    if not may_cut and longest > SHORTER[-1]:
+        shorter = tried(methods[-1], SHORTER[-1]).total
+        if shorter <= budget:
+            advice.append(
+                f"shorter examples would fit (from {gb(shorter)}): allow it with --too_long split, drop or truncate"
+            )
     advice.append("give it more, or take a smaller model")
     raise UserError(
-        f"fit {budget / 1e9:g}: tuning {base} takes at least {smallest.words()} ({methods[-1]}, examples of {lengths[-1]} tokens, a row at "
+        f"fit {budget / 1e9:g}: tuning {base} takes at least {smallest.words()} ({methods[-1]}, a row of {lengths[-1]} tokens at "
         f"once); {'; '.join(advice)}"
     )  # fmt: skip
 
 
-def _halved(micro: int, length: int) -> list[int]:
-    """``micro`` tokens at once, its halves, and at last one row."""
-    found = []
-    while micro > length:
-        found.append(micro)
-        micro //= 2
-    return [*found, length]
-
-
-def _why(
-    wanted: str, method: str, whole: int, length: int, wanted_micro: int, micro: int, budget: float
-) -> str:  # fmt: skip
-    said = []
-    if method != wanted:
-        said.append(f"{method}, because {wanted} would need more than {budget / 1e9:g} GB")
-    else:
-        said.append(method)
-    said.append(f"examples of at most {length} tokens" + ("" if length == whole else f" instead of {whole}"))
-    said.append(
-        f"{micro:,} tokens at once"
-        + ("" if micro >= wanted_micro else f" instead of {wanted_micro:,}, which takes longer")
-    )
-    return "; ".join(said)
+def _halved(rows: int) -> list[int]:
+    """``rows``, its halves, and at last one."""
+    return [rows >> n for n in range(rows.bit_length())]

@@ -21,7 +21,7 @@ from criadero.errors import UserError
 from criadero.model import Llama
 from criadero.tokenizer import Tokenizer
 from criadero.train.batches import Batch
-from criadero.train.memory import Needs
+from criadero.train.memory import Fit, Needs
 
 LANGUAGES = {"en": "English", "es": "Spanish", "other": "other", "unknown": "not known"}
 
@@ -52,6 +52,7 @@ class Report:
     parts: int = 0  # what chats that were too long were split into
     noun: str = "chat"  # or "piece", of a plain document
     long_rounds: int = 0  # rounds left out of them, too long by themselves
+    held_out_cut: int = 0  # held-out chats whose end was cut off, whatever the rule for the others
     refused_for_length: bool = False
     languages: dict[str, int] = field(default_factory=dict)  # chats by language, all parts
 
@@ -148,6 +149,41 @@ def masked_example(tokenizer: Tokenizer, example: Example, limit: int = 120) -> 
     return text
 
 
+def shortened(report: Report) -> str:
+    """What became of the chats that were too long; "" where none was."""
+    said = []
+    if report.too_long:
+        split = f"split into {counted(report.parts, 'part')}, " if report.parts else ""
+        rounds = f", {counted(report.long_rounds, 'round')} left out" if report.long_rounds else ""
+        said.append(
+            f"{counted(report.too_long, 'chat')}: {split}{report.dropped:,} dropped, "
+            f"{counted(report.truncated_tokens, 'token')} cut{rounds}"
+        )
+    if report.held_out_cut:
+        said.append(f"{counted(report.held_out_cut, 'held-out chat')} cut")
+    return "; ".join(said)
+
+
+def fitted(found: Fit, report: Report, *, budget: float, longest: int, rows: int, length: int) -> str:
+    """What was taken to stay within ``budget`` GB: the method, ``rows`` of ``length`` tokens at once, and what became of examples of
+    which the longest had ``longest`` tokens."""
+    said = [found.why, f"{counted(rows, 'row')} of {length:,} tokens at once"]
+    if found.rows < found.wanted:
+        said[-1] += f" instead of {found.wanted:,}, which takes longer"
+    if found.checkpointing:
+        said.append("blocks computed again")
+    most = f"{report.noun}s of at most {report.context:,} tokens"
+    if report.context < longest:
+        most += f" instead of {longest:,}"
+    if report.noun == "piece":
+        said.append(f"{most}, nothing left out")
+    elif cut := shortened(report):
+        said.append(f"{most} ({cut})")
+    else:
+        said.append(f"no {report.noun} is cut or split, the longest has {longest:,} tokens")
+    return f"fit {budget:g} GB: {'; '.join(said)}"
+
+
 def languages_of(chats: Sequence[Sequence[Message]]) -> dict[str, int]:
     """How many chats are in which language, most first: "en", "es", "other", "unknown" (too short to say)."""
     found = Counter(identify("\n".join(message["content"] for message in chat))[0] for chat in chats)
@@ -213,14 +249,8 @@ def show(
     )
     if report.unsupervised:
         line("left out", f"{counted(report.unsupervised, 'chat')} in which no assistant's token is left to learn")
-    if report.too_long:
-        split = f"split into {counted(report.parts, 'part')}, " if report.parts else ""
-        rounds = f", {counted(report.long_rounds, 'round')} left out" if report.long_rounds else ""
-        line(
-            "too long",
-            f"{counted(report.too_long, 'chat')}: {split}{report.dropped:,} dropped, "
-            f"{counted(report.truncated_tokens, 'token')} cut{rounds}",
-        )
+    if said := shortened(report):
+        line("too long", said)
     if report.duplicates or report.contaminated:
         line(
             "warning",

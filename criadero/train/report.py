@@ -281,6 +281,7 @@ _COUNTS = (
     ("near_contaminated", "held-out questions almost learned", "preguntas apartadas casi aprendidas"),
     ("too_long", "longer than the context", "más largos que el contexto"),
     ("truncated_tokens", "tokens cut off", "tokens cortados"),
+    ("held_out_cut", "held-out chats cut to the context", "chats apartados cortados al contexto"),
     ("dropped", "dropped for their length", "descartados por su longitud"),
     ("unsupervised", "without anything to learn", "sin nada que aprender"),
     ("bad", "bad lines skipped", "líneas malas omitidas"),

@@ -47,7 +47,7 @@ from criadero.train.loss import next_token_loss
 from criadero.train.memory import check_memory, needs, stored_bytes
 from criadero.train.memory import fit as fit_memory
 from criadero.train.optim import Optimizer
-from criadero.train.preflight import Report, check, measure_speed, pieces, show
+from criadero.train.preflight import Report, check, fitted, measure_speed, pieces, show
 from criadero.train.pretrain import describe
 from criadero.train.progress import say
 from criadero.train.report import Comparison, write_report
@@ -232,21 +232,25 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
         dtype, why = choose_dtype(resumed_dtype(draft.path / "resume", recipe.dtype), config, device)
         packed = stored_bytes(base_path) if holds_quantised(base_path) else None
         if recipe.fit:
-            fitted = fit_memory(
+            longest = max(len(example.ids) for example in [*prepared.train, *prepared.held_out])
+            found = fit_memory(
                 config, budget=recipe.fit * 1e9, method=recipe.method, rank=recipe.lora_rank, targets=recipe.lora_targets,
-                longest=min(prepared.report.longest, context), context=context, micro_tokens=recipe.micro_tokens, dtype=dtype,
-                packed=None if recipe.merged else packed, may_cut=recipe.too_long != "refuse" and not lesson, base=recipe.base,
+                longest=longest, row=row_length(prepared, context), micro_tokens=min(recipe.micro_tokens, _step_tokens(recipe, prepared)),
+                dtype=dtype, packed=None if recipe.merged else packed, base=recipe.base,
+                may_cut=(recipe.too_long != "refuse" or recipe.train_on == "text") and not lesson,
                 compiled=device == "cpu" and fast.compiled(), checkpointing=recipe.gradient_checkpointing, device=device,
             )  # fmt: skip
-            say(f"fit {recipe.fit:g} GB: {fitted.why}")
-            recipe = dataclasses.replace(recipe, method=fitted.method, micro_tokens=fitted.micro_tokens)  # type: ignore[arg-type]
-            if fitted.checkpointing:
+            recipe = dataclasses.replace(recipe, method=found.method, micro_tokens=found.rows * found.length)  # type: ignore[arg-type]
+            if found.checkpointing:
                 recipe = dataclasses.replace(recipe, gradient_checkpointing="on")
             adapts = recipe.method != "full"
-            if fitted.max_length < min(prepared.report.longest, context):
-                context = fitted.max_length
+            if found.length < longest:
+                context = found.length
                 prepared = prepare(recipe, data_path, tokenizer, template, context)
                 check(prepared.report)
+            length = row_length(prepared, context)
+            rows = _rows(recipe, prepared, length)
+            say(fitted(found, prepared.report, budget=recipe.fit, longest=longest, rows=rows, length=length))
         if recipe.method == "qlora":
             model = load_frozen(base_path, dtype=dtype, device=device)
         else:
@@ -270,8 +274,8 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
         pad = tokenizer.pad_id if tokenizer.pad_id is not None else 0
         length = row_length(prepared, context)
         lr = recipe.lr or LR[recipe.method] / config.hidden_size
-        batch_tokens = recipe.batch_tokens or min(max(prepared.report.tokens // 20, 512), 4096)
-        rows = max(1, min(recipe.micro_tokens, batch_tokens) // length)
+        batch_tokens = _step_tokens(recipe, prepared)
+        rows = _rows(recipe, prepared, length)
         batches = ExampleBatches(
             prepared.train, row_length=length, rows=rows, pad=pad, seed=recipe.seed, dtype=dtype, device=device
         )
@@ -418,6 +422,16 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
             draft, out, name=recipe.model_name, kind=kind, licence=recipe.model_licence, base=recipe.base, words=words
         )
     return open_artifact(out)
+
+
+def _step_tokens(recipe: SftRecipe, prepared: Prepared) -> int:
+    """Tokens an optimizer step."""
+    return recipe.batch_tokens or min(max(prepared.report.tokens // 20, 512), 4096)
+
+
+def _rows(recipe: SftRecipe, prepared: Prepared, length: int) -> int:
+    """Rows of ``length`` tokens computed at once."""
+    return max(1, min(recipe.micro_tokens, _step_tokens(recipe, prepared)) // length)
 
 
 def measure_every(steps: int, tokens: float, held_out: Sequence[Example]) -> int:
