@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sqlite3
 import struct
 from collections.abc import Iterator
@@ -20,6 +21,13 @@ LINES: list[dict[str, Any]] = [
     for n in range(1, 6)
 ]
 FLAT = {"loss", "lr", "held_out/es/loss"}
+
+
+def killed_after(folder: Path, written: list[dict[str, Any]], step: int) -> None:
+    """What is there when a run that wrote these lines is gone on with from its resume point after ``step``."""
+    text = "".join(json.dumps(line) + "\n" for line in written)
+    (folder / "out.partial" / "metrics.jsonl").write_text(text + '{"step": 99, "lo', encoding="utf-8")
+    checkpoint.save(folder / "out.partial" / "resume", step, {}, {})
 
 
 def follow(which: str, folder: Path, lines: list[dict[str, Any]]) -> None:
@@ -73,8 +81,8 @@ def test_tensorboard_files_read_back(tmp_path: Path) -> None:
     pytest.importorskip("tensorboardX")
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-    follow("tensorboard", tmp_path, LINES[:4])
-    checkpoint.save(tmp_path / "out.partial" / "resume", 2, {}, {})  # killed after step 4, gone on with after step 2
+    follow("tensorboard", tmp_path, [LINES[0], LINES[3]])  # killed after step 4; lines 2 and 3 were never written
+    killed_after(tmp_path, LINES[:4], 2)
     follow("tensorboard", tmp_path, LINES[2:])
     shown: dict[str, dict[int, float]] = {}
     texts: dict[int, str] = {}
@@ -99,12 +107,17 @@ def test_tensorboard_files_read_back(tmp_path: Path) -> None:
     assert texts[3] == "1. answer 3\n\n2. ¿sí?"
 
 
-def test_mlflow_store_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# what the tool had when the run was killed; the resume point was after step 3
+KILLED = {"as much as the point": 3, "less than the point": 2, "more than the point": 5}
+
+
+@pytest.mark.parametrize("had", KILLED.values(), ids=KILLED)
+def test_mlflow_store_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, had: int) -> None:
     pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    follow("mlflow", tmp_path, LINES[:3])
-    checkpoint.save(tmp_path / "out.partial" / "resume", 3, {}, {})
+    follow("mlflow", tmp_path, LINES[:had])
+    killed_after(tmp_path, LINES, 3)
     follow("mlflow", tmp_path, LINES[3:])
     (losses,) = (tmp_path / "mlruns").glob("*/*/metrics/loss")  # one run: the second went on in the first
     rows = [line.split() for line in losses.read_text().splitlines()]
@@ -115,7 +128,18 @@ def test_mlflow_store_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (run / "artifacts" / "answers" / "step-00000005.txt").read_text() == "1. answer 5\n\n2. ¿sí?"
 
 
-def test_trackio_database_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_run_of_the_same_name_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    follow("mlflow", tmp_path, LINES)
+    follow("mlflow", tmp_path, LINES[:2])  # begun anew: there is nothing to resume
+    counts = [len(path.read_text().splitlines()) for path in (tmp_path / "mlruns").glob("*/*/metrics/loss")]
+    assert sorted(counts) == [2, 5]
+
+
+@pytest.mark.parametrize("had", KILLED.values(), ids=KILLED)
+def test_trackio_database_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, had: int) -> None:
     pytest.importorskip("trackio")
     import trackio.sqlite_storage as storage
     from trackio import utils
@@ -123,11 +147,18 @@ def test_trackio_database_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for module in (storage, utils):
         if hasattr(module, "TRACKIO_DIR"):
             monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
-    follow("trackio", tmp_path, LINES)
+    follow("trackio", tmp_path, LINES[:had])
+    killed_after(tmp_path, LINES, 3)
+    follow("trackio", tmp_path, LINES[3:])
     (database,) = tmp_path.rglob("*.db")
     with sqlite3.connect(database) as connection:
-        rows = connection.execute("select step, metrics from metrics order by step").fetchall()
-    assert [step for step, _ in rows] == [1, 2, 3, 4, 5]
+        rows = connection.execute("select step, run_name, metrics from metrics order by step").fetchall()
+    assert [step for step, _, _ in rows] == [1, 2, 3, 4, 5]
+    assert {name for _, name, _ in rows} == {"out"}
+    for (step, _, text), line in zip(rows, LINES, strict=True):
+        found = json.loads(text)
+        assert "1. answer" in json.dumps(found.pop("answers"))
+        assert found == pytest.approx(figures(line)), step
 
 
 def test_a_run_that_breaks_off_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -330,9 +330,21 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
             seed=recipe.seed, save_minutes=recipe.save_minutes, eval_every=every, keep_best=bool(evaluation),
             patience=recipe.patience,
         )  # fmt: skip
+        derived: dict[str, Any] = {
+            "lr": lr,
+            "epochs": epochs,
+            "batch_tokens": batch_tokens,
+            "eval_every": every,
+            "row_length": length,
+        }
+        if adapts:
+            derived["base_matmul"] = "int8" if in_int8 else "exact"
+        if recipe.fit:
+            derived |= {"method": recipe.method, "max_length": context, "micro_tokens": recipe.micro_tokens}
         sampled = asked[: recipe.samples]
         model.train()
-        with tracker(recipe.track, out, draft.path, dataclasses.asdict(recipe)) as track:
+        shown = dataclasses.asdict(recipe) | derived | {"dtype": str(dtype).removeprefix("torch.")}
+        with tracker(recipe.track, out, draft.path, shown) as track:
             done = train(
                 model, optimizer, batches, objective, plan, draft.path, about={"dtype": str(dtype)}, label="tuning",
                 evaluate=(lambda: {"chats": held_out_loss(model, evaluation)}) if evaluation else None,
@@ -382,17 +394,6 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
         _write(recipe, model, config, tokenizer, template, draft.path, _base_name(recipe.base, out))
         draft.data.update(prepared.report.table(data_path, licence, sources))
         draft.model.update(describe(config) | {"trained_params": trained, "method": recipe.method})
-        derived: dict[str, Any] = {
-            "lr": lr,
-            "epochs": epochs,
-            "batch_tokens": batch_tokens,
-            "eval_every": every,
-            "row_length": length,
-        }
-        if adapts:
-            derived["base_matmul"] = "int8" if in_int8 else "exact"
-        if recipe.fit:
-            derived |= {"method": recipe.method, "max_length": context, "micro_tokens": recipe.micro_tokens}
         draft.step.update(
             {
                 "tokens": done["tokens"],

@@ -1,17 +1,20 @@
 """Tracking: a run's figures go to TensorBoard, MLflow or trackio too, where somebody asks for it; ``metrics.jsonl`` has them always.
 
 Each is an extra. Nothing leaves the machine unless the tool's own variables say so (``MLFLOW_TRACKING_URI``,
-``TRACKIO_SPACE_ID``). A run that goes on after a kill goes on in the same curves.
+``TRACKIO_SPACE_ID``). A run that goes on after a kill goes on in the same curves, each step once: what a tool had not yet written is
+sent to it again out of ``metrics.jsonl``, and what it had is not written twice.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 from criadero.errors import UserError
@@ -37,20 +40,29 @@ def check_tracker(which: str) -> None:
 def tracker(which: str, out: Path, draft: Path, settings: dict[str, Any]) -> Iterator[Track | None]:
     """What takes the lines of ``metrics.jsonl`` of the run that makes ``out`` in ``draft``, or None when nobody asked.
 
-    ``settings`` are shown beside the curves. A run that is gone on with after step s replaces what was shown after it.
+    ``settings`` are shown beside the curves. A run that is gone on with is in the same curves.
     """
     check_tracker(which)
-    found = checkpoint.latest(draft / "resume")
-    done = int(found[0]["step"]) if found else 0
+    earlier = _earlier(draft)
     settings = {name: value for name, value in settings.items() if value not in (None, "", ())}
     if which == "none":
         yield None
     elif which == "tensorboard":
-        yield from _tensorboard(out, done, settings)
+        yield from _tensorboard(out, earlier, settings)
     elif which == "mlflow":
-        yield from _mlflow(out, done, settings)
+        yield from _mlflow(out, earlier, settings)
     else:
-        yield from _trackio(out, done, settings)
+        yield from _trackio(out, earlier, settings)
+
+
+def _earlier(draft: Path) -> list[dict[str, Any]]:
+    """The lines of the run that is gone on with, up to its resume point."""
+    found, metrics = checkpoint.latest(draft / "resume"), draft / "metrics.jsonl"
+    if found is None or not metrics.exists():
+        return []
+    with open(metrics, encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file if line.endswith("\n")]
+    return [line for line in lines if line["step"] <= found[0]["step"]]
 
 
 def figures(line: dict[str, Any]) -> dict[str, float]:
@@ -68,14 +80,14 @@ def _answers(line: dict[str, Any]) -> str:
     return "\n\n".join(f"{n}. {text}" for n, text in enumerate(line.get("answers") or (), 1))
 
 
-def _tensorboard(out: Path, done: int, settings: dict[str, Any]) -> Iterator[Track]:
+def _tensorboard(out: Path, earlier: list[dict[str, Any]], settings: dict[str, Any]) -> Iterator[Track]:
     folder = out.parent / "runs" / out.name
     board = importlib.import_module("tensorboardX")
-    # what an earlier run showed after the step that this one begins with is taken back
-    writer = board.SummaryWriter(str(folder), purge_step=done + 1 if done else None, filename_suffix=f".{done}")
-    say(f"tensorboard: {folder}; look at it with: tensorboard --logdir {folder.parent}")
+    # a killed run's last two minutes need not be in its file, so a run that goes on writes everything again
+    writer = board.SummaryWriter(str(folder), purge_step=0, filename_suffix=f".{len(earlier)}")
+    say(f"tensorboard: {folder}; look at it with: tensorboard --logdir {quote(str(folder.parent))}")
     rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
-    writer.add_text("settings", f"| | |\n|---|---|\n{rows}", done)
+    writer.add_text("settings", f"| | |\n|---|---|\n{rows}", 0)
 
     def track(line: dict[str, Any]) -> None:
         for name, value in figures(line).items():
@@ -84,56 +96,75 @@ def _tensorboard(out: Path, done: int, settings: dict[str, Any]) -> Iterator[Tra
             writer.add_text("answers", _answers(line), line["step"])
 
     try:
+        for line in earlier:
+            track(line)
         yield track
     finally:
         writer.close()
 
 
-def _mlflow(out: Path, done: int, settings: dict[str, Any]) -> Iterator[Track]:
-    if not os.environ.get("MLFLOW_TRACKING_URI"):  # plain files beside the artifact: no server, no database
+def _once(track: Track, earlier: list[dict[str, Any]], shown: int) -> Track:
+    """``track`` without the lines up to the step ``shown``, which are there; those before that a kill lost are sent now."""
+
+    def once(line: dict[str, Any]) -> None:
+        if line["step"] > shown:
+            track(line)
+
+    for line in earlier:
+        once(line)
+    return once
+
+
+def _mlflow(out: Path, earlier: list[dict[str, Any]], settings: dict[str, Any]) -> Iterator[Track]:
+    where, look = os.environ.get("MLFLOW_TRACKING_URI", ""), ""
+    if not where:  # plain files beside the artifact: no server, no database
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-        where = (out.parent / "mlruns").resolve().as_uri()
-    else:
-        where = os.environ["MLFLOW_TRACKING_URI"]
+        folder = (out.parent / "mlruns").resolve()
+        where = folder.as_uri()
+        look = f"; look at it with: MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri {quote(str(folder))}"
     client = importlib.import_module("mlflow.tracking").MlflowClient(where)
     experiment = client.get_experiment_by_name("criadero")
     experiment_id = experiment.experiment_id if experiment else client.create_experiment("criadero")
     tag = str(out.resolve())
-    earlier = client.search_runs([experiment_id], f"tags.`criadero.out` = '{tag}'", max_results=1) if done else []
-    if earlier:
-        run = earlier[0].info.run_id
+    before = client.search_runs([experiment_id], f"tags.`criadero.out` = '{tag}'", max_results=1) if earlier else []
+    shown = 0
+    if before:
+        run = before[0].info.run_id
+        shown = max((one.step for one in client.get_metric_history(run, "loss")), default=0)
         client.update_run(run, "RUNNING")
     else:
         run = client.create_run(experiment_id, run_name=out.name, tags={"criadero.out": tag}).info.run_id
         for name, value in settings.items():
             client.log_param(run, name, str(value)[:500])
-    say(f"mlflow: run {run} in {where}")
+    say(f"mlflow: run {run} in {where}{look}")
 
     def track(line: dict[str, Any]) -> None:
-        for name, value in figures(line).items():
-            client.log_metric(run, name, value, step=line["step"])
         if line.get("answers"):
             client.log_text(run, _answers(line), f"answers/step-{line['step']:08d}.txt")
+        for name, value in sorted(figures(line).items(), key=lambda pair: pair[0] == "loss"):  # last: the line is whole
+            client.log_metric(run, name, value, step=line["step"])
 
     status = "KILLED"
     try:
-        yield track
+        yield _once(track, earlier, shown)
         status = "FINISHED"
     finally:
         client.set_terminated(run, status)
 
 
-def _trackio(out: Path, done: int, settings: dict[str, Any]) -> Iterator[Track]:
+def _trackio(out: Path, earlier: list[dict[str, Any]], settings: dict[str, Any]) -> Iterator[Track]:
     trackio = importlib.import_module("trackio")
     trackio.init(
         project="criadero", name=out.name, config={name: str(value) for name, value in settings.items()},
-        resume="allow" if done else "never", embed=False, auto_log_gpu=False, auto_log_cpu=False,
+        resume="allow" if earlier else "never", embed=False, auto_log_gpu=False, auto_log_cpu=False,
     )  # fmt: skip
+    shown = trackio.SQLiteStorage.get_max_step_for_run("criadero", out.name) if earlier else None
 
     def track(line: dict[str, Any]) -> None:
-        trackio.log(figures(line), step=line["step"])
+        answers = {"answers": trackio.Markdown(_answers(line))} if line.get("answers") else {}
+        trackio.log(figures(line) | answers, step=line["step"])
 
     try:
-        yield track
+        yield _once(track, earlier, shown or 0)
     finally:
         trackio.finish()
