@@ -17,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = {".py", ".md", ".toml", ".sh", ".txt", ".jinja", ".jsonl", ".json", ".yml", ".cfg", ""}
+PEERS = {"trl", "datasets", "mergekit"}  # make compat-peers brings them
 PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz"}
 
 
@@ -203,3 +204,14 @@ def test_the_checks_have_what_tests_would_skip_without() -> None:
     assert shutil.which("chromium") or shutil.which("google-chrome"), "the page's journeys need Chromium"
     assert (ROOT / "web" / "node_modules" / "axe-core").is_dir(), "the page's checks need axe: make page-check"
     assert postgres.programs(), "the database's tests need PostgreSQL"
+
+
+@pytest.mark.skipif(not os.environ.get("CI"), reason="only the checks that have to pass must have everything")
+def test_the_checks_have_the_packages_that_tests_would_skip_without() -> None:
+    asked = {
+        name
+        for file in (ROOT / "tests").glob("*.py")
+        for name in re.findall(r'importorskip\("(\w+)', file.read_text(encoding="utf-8"))
+    }
+    absent = {name for name in asked - PEERS if importlib.util.find_spec(name) is None}
+    assert not absent, f"the extra dev has to bring {', '.join(sorted(absent))}"
