@@ -228,8 +228,8 @@ def export(
     from criadero.export import export as write
 
     made = write(model, to=to, out=out, type=type, overwrite=overwrite)
-    print(made if isinstance(made, Path) else made.path)
     cli_passport.warn_before_sharing(model)
+    print(made if isinstance(made, Path) else made.path)
 
 
 # -- data -------------------------------------------------------------------------------------------------------------

@@ -178,6 +178,7 @@ def run(
             stale.add(str(step.out))
         else:
             made.append(step.function(step.recipe, step.out, overwrite=sealed.exists(), resume=True))
+            say(f"{name}  made: {step.out} ({short_id(made[-1].id)})")
     return made
 
 

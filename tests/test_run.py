@@ -96,7 +96,9 @@ ALL = ["01-data", "02-first", "10-second"]
 def test_runs_in_order_then_skips(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fakes = Fakes()
     assert go(fakes) == ALL
-    assert capsys.readouterr().out.count("making: not made yet") == 3
+    said = capsys.readouterr().out
+    assert said.count("making: not made yet") == 3
+    assert [f"made: out/story/{name} (" in said for name in ALL] == [True] * 3
     last = open_artifact("out/story/10-second")
     assert [row["locator"] for row in last.inputs] == ["out/story/02-first", "texts/b.txt"]
     assert "own.txt" in last.lineage()
