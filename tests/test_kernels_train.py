@@ -146,8 +146,12 @@ def test_the_twin_of_attention_has_the_gradient_of_autograd() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("across", [(False, False), (False, True), (True, False), (True, True)])
 @pytest.mark.parametrize(
-    "shape", [(8, 64, 32), (7, 5, 2), (97, 130, 64), (13, 320, 70), (200, 100, 2050), (6, 65, 1026), (50, 3, 401)]
-)
+    "shape",
+    [
+        (8, 64, 32), (7, 5, 2), (97, 130, 64), (13, 320, 70), (200, 100, 2050), (6, 65, 1026), (50, 3, 401),
+        (700, 100, 70), (450, 70, 2100),
+    ],
+)  # fmt: skip
 def test_product(shape: tuple[int, int, int], across: tuple[bool, bool], dtype: torch.dtype) -> None:
     m, n, k = shape
     a, b = draw(0, m, k, dtype=dtype), draw(1, k, n, dtype=dtype)
@@ -170,6 +174,33 @@ def test_product_of_odd_depth_and_of_parts_of_wider_rows() -> None:
     near(out[:, 20:90], a[:, 10:30].double().t() @ b[:, 5:75].double(), torch.float32)
     assert not out[:, :20].any()
     assert not out[:, 90:].any()
+
+
+@pytest.mark.parametrize("across", [(False, True), (True, False)])
+def test_a_product_of_more_columns_than_are_packed_at_once(across: tuple[bool, bool]) -> None:
+    a, b, out = draw(0, 1650, 2060), draw(1, 2060, 2060), torch.empty(1650, 2060)
+    want = a.double() @ b.double()
+    a, b = a.t().contiguous() if across[0] else a, b.t().contiguous() if across[1] else b
+    ours.product(a, b, out, None, *across, False, 2)
+    near(out, want, torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(400, 130, 70), (400, 130, 1100)])
+def test_how_many_rows_are_computed_together_changes_no_bit(shape: tuple[int, int, int]) -> None:
+    """Few rows and many are cut up in other ways; a row must not tell which."""
+    m, n, k = shape
+    x, w, low, up = draw(0, m, k), draw(1, n, k), draw(2, m, 3), draw(3, n, 3)
+    frozen, many, few = ours.Weight.dense(w), torch.empty(m, n), torch.empty(m, n)
+    for start in range(0, m, 30):
+        here = slice(start, start + 30)
+        ours.product(x[here], w, few[here], None, False, True, False, 2)
+    ours.product(x, w, many, None, False, True, False, 2)
+    assert torch.equal(many, few)
+    for start in range(0, m, 30):
+        here = slice(start, start + 30)
+        ours.frozen(x[here], [frozen], [low[here]], [up], few[here], None, False, 2)
+    ours.frozen(x, [frozen], [low], [up], many, None, False, 2)
+    assert torch.equal(many, few)
 
 
 def weight(form: str, seed: int, rows: int, columns: int) -> tuple[object, object, Tensor]:
@@ -200,7 +231,14 @@ def weight(form: str, seed: int, rows: int, columns: int) -> tuple[object, objec
 FORMS = ("float32", "bfloat16", "int8/0", "int8/32", "int8/128", "int4/32", "int4/64 mins")
 
 
-SHAPES = [(1, 64, (16,)), (45, 192, (128, 24, 40)), (130, 1088, (70,)), (37, 576, (200, 8)), (18, 70, (33,))]
+SHAPES = [
+    (1, 64, (16,)),
+    (45, 192, (128, 24, 40)),
+    (130, 1088, (70,)),
+    (37, 576, (200, 8)),
+    (18, 70, (33,)),
+    (420, 1088, (70, 8)),
+]
 
 
 def divides(form: str, depth: int) -> bool:

@@ -113,8 +113,9 @@ struct ProductKernels {
     int rows = 0, columns = 0, vector = 0;  // of the sums that are held in registers; columns in one of these
     // columns [from, from + count) of a row in f32
     void (*strip)(const Lying& w, int row, int from, int count, float* to);
-    // rows [first, first + count) of an a, over its whole depth: as rows, or, of one that lies across, as panels [depth][rows]; zeros beyond
-    void (*pack_a)(const Lying& a, bool across, int first, int count, float* to, float* room);
+    // rows [first, first + count) of an a, depth [k, k + depth): as rows, or, of one that lies across, as panels [depth][rows]; zeros up to
+    // a multiple of `rows`. room: 8 x count
+    void (*pack_a)(const Lying& a, bool across, int first, int count, int k, int depth, float* to, float* room);
     // [count][width] of b: columns [n, n + columns), zeros up to width; depth [k, k + count). room: 16 x count
     void (*pack_b)(const Lying& b, bool across, int n, int columns, int width, int k, int count, float* to, float* room);
     // sums [rows][width] (+)= a (rs from row to row, ks along the depth) x b [depth][width]; width: a multiple of `vector` up to `columns`

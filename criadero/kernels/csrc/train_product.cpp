@@ -32,8 +32,10 @@ bool has_product_bf16() {
 
 namespace {
 
-constexpr int DEPTH = 384;             // of a panel of b: it stays in the second-level cache
-constexpr size_t PACKED = 48u << 20;   // bytes of packed a, about, at once
+constexpr int DEPTH = 512;             // of a bit of b: with the columns of a panel it stays in the second-level cache
+constexpr size_t HELD = 768u << 10;    // bytes of packed a, about, that a thread goes over all panels of b with: they stay there too
+constexpr size_t PACKED = 16u << 20;   // bytes of packed b, about, at once
+constexpr size_t ROWS_PACKED = 48u << 20;  // the same of packed a, where threads take columns
 constexpr size_t TILES = 384u << 10;   // bytes of built tiles, about, that a thread goes over all rows with
 
 size_t up(size_t n, size_t step) { return (n + step - 1) / step * step; }
@@ -82,9 +84,9 @@ void finish_row(const ProductKernels& k, const Product& p, int m, int n, int col
     k.finish(sums, columns, p.type, p.out + row * p.out_stride + at, p.residual ? p.residual + row * p.residual_stride + at : nullptr, p.add);
 }
 
-// Rows [first, first + rows) of all products: a is packed once for all, then each thread takes columns, packs their b bit by bit of the
-// depth, and goes over all rows with it.
-void compute_dense(Pool& pool, const std::vector<Product>& products, const Readers& readers, int first, int rows) {
+// Few rows, [first, first + rows) of all products: a is packed once for all, then each thread takes columns, packs their b bit by bit of
+// the depth, and goes over all rows with it, so that packed b never leaves its caches.
+void compute_columns(Pool& pool, const std::vector<Product>& products, const Readers& readers, int first, int rows) {
     const ProductKernels& kernels = product_kernels();
     const int R = kernels.rows, N = kernels.columns, panels = (rows + R - 1) / R;
     constexpr int GROUP = 8;  // panels packed together
@@ -109,7 +111,7 @@ void compute_dense(Pool& pool, const std::vector<Product>& products, const Reade
         for (int i = me.next(); i < groups * static_cast<int>(readers.different.size()); i = me.next()) {
             const Term& t = *readers.different[static_cast<size_t>(i / groups)];
             const int m = i % groups * GROUP * R;
-            kernels.pack_a(t.a, t.a_across, first + m, std::min(GROUP * R, rows - m),
+            kernels.pack_a(t.a, t.a_across, first + m, std::min(GROUP * R, rows - m), 0, t.depth(),
                            a + place[static_cast<size_t>(i / groups)] + static_cast<size_t>(m) * static_cast<size_t>(t.depth()), mine);
         }
         me.barrier();
@@ -139,55 +141,193 @@ void compute_dense(Pool& pool, const std::vector<Product>& products, const Reade
     });
 }
 
-// One product of no more columns than the registers hold: b is packed whole, and then each thread turns rows of a into f32 and multiplies
-// them while they are in its caches.
-void compute_thin(Pool& pool, const Product& p) {
-    const ProductKernels& kernels = product_kernels();
-    const int R = kernels.rows, width = (p.n + kernels.vector - 1) / kernels.vector * kernels.vector;
-    const size_t N = static_cast<size_t>(width);
-    size_t deepest = 0, size = 0;
-    struct Step {
-        const Term* term;
-        int k, count;
-        size_t b;
-    };
-    std::vector<Step> steps;
-    for (const Term& t : p.terms) {
-        deepest = std::max(deepest, static_cast<size_t>(t.depth()));
-        for (int k = 0; k < t.depth(); k += DEPTH) {
-            steps.push_back({&t, k, std::min(DEPTH, t.depth() - k), size});
-            size += static_cast<size_t>(steps.back().count) * N;
+// Pieces of about `most` rows, a multiple of `step`, as many as make all threads equally busy
+int rows_a_piece(int rows, int threads, int step, int most) {
+    const int rounds = std::max(1, (rows + threads * most - 1) / (threads * most));
+    const int pieces = threads * rounds, each = (rows + pieces - 1) / pieces;
+    return std::max(step, (each + step - 1) / step * step);
+}
+
+// Depth [k, k + count) of a reader, which is packed at once with others; `before`: their depths
+struct Part {
+    size_t reader;
+    int k, count, before;
+};
+
+// Where some columns of a product lie in packed b, [depth of all terms][width]
+struct Panel {
+    const Product* product;
+    size_t of;
+    int n, columns, width;
+    size_t place;
+};
+
+// What a product adds to its sums: depth [from, from + count) of a part, by packed b from `b_at` on
+struct Bit {
+    size_t part;
+    int from, count, b_at;
+    bool more, last;  // there are sums already; there is nothing to come
+};
+
+using Passes = std::vector<std::vector<Part>>;  // parts whose packed a stays in the second-level cache together
+using Bits = std::vector<std::vector<Bit>>;     // of a product, pass by pass
+
+// How pieces of rows go over the depth
+struct Plan {
+    int m, piece;
+    Passes passes;
+    std::vector<Bits> bits;  // [product]
+};
+
+Passes passes_of(const Readers& readers, int rows) {
+    const int most = std::max(1, static_cast<int>(HELD / 4) / rows / DEPTH) * DEPTH;
+    Passes passes(1);
+    int depth = 0;
+    for (size_t i = 0; i < readers.different.size(); ++i) {
+        for (int k = 0, left = readers.different[i]->depth(); left > 0;) {
+            if (depth + std::min(left, DEPTH) > most) {
+                passes.emplace_back();
+                depth = 0;
+            }
+            const int room = std::max(DEPTH, (most - depth) / DEPTH * DEPTH), count = std::min(left, room);
+            passes.back().push_back({i, k, count, depth});
+            depth += count;
+            k += count;
+            left -= count;
         }
     }
-    const int rows = 4 * R, groups = (p.m + rows - 1) / rows;
-    const size_t room = 16 * DEPTH, own = room + up(deepest * static_cast<size_t>(rows), 16) + static_cast<size_t>(rows) * N;
-    static thread_local Buffer packed, rest;
-    packed.reserve(std::max<size_t>(size, 16) * 4);
+    return passes;
+}
+
+Bits bits_of(const Product& p, const std::vector<int>& reads, const Passes& passes) {
+    Bits bits(passes.size());
+    bool begun = false;
+    for (size_t pass = 0; pass < passes.size(); ++pass) {
+        for (size_t i = 0; i < passes[pass].size(); ++i) {
+            const Part& part = passes[pass][i];
+            int before = 0;
+            for (size_t j = 0; j < p.terms.size(); before += p.terms[j].depth(), ++j) {
+                if (static_cast<size_t>(reads[j]) != part.reader) continue;
+                for (int k = 0; k < part.count; k += DEPTH) {
+                    bits[pass].push_back({i, k, std::min(DEPTH, part.count - k), before + part.k + k, begun, false});
+                    begun = true;
+                }
+            }
+        }
+    }
+    for (size_t pass = passes.size(); pass-- > 0;) {
+        if (bits[pass].empty()) continue;
+        bits[pass].back().last = true;
+        break;
+    }
+    return bits;
+}
+
+// Many rows: some panels of b are packed for all threads; then each thread takes rows, packs their a, and goes over the panels with it
+// while it is in its caches.
+void compute_panels(Pool& pool, const Readers& readers, const Plan& plan, const std::vector<Panel>& panels, size_t b_size) {
+    const ProductKernels& kernels = product_kernels();
+    const Passes& passes = plan.passes;
+    const int m = plan.m, piece = plan.piece, R = kernels.rows, N = kernels.columns, pieces = (m + piece - 1) / piece;
+    struct Packing {
+        const Panel* panel;
+        const Term* term;
+        int k, at;
+    };
+    std::vector<Packing> packing;
+    for (const Panel& panel : panels) {
+        int before = 0;
+        for (const Term& t : panel.product->terms) {
+            for (int k = 0; k < t.depth(); k += DEPTH) packing.push_back({&panel, &t, k, before + k});
+            before += t.depth();
+        }
+    }
+    int deepest = 0;
+    for (const auto& pass : passes) {
+        if (!pass.empty()) deepest = std::max(deepest, pass.back().before + pass.back().count);
+    }
+    const size_t columns = passes.size() > 1 ? panels.size() * static_cast<size_t>(N) : static_cast<size_t>(N);
+    const size_t room = std::max<size_t>(16 * DEPTH, 16 * static_cast<size_t>(piece)), a_size = up(static_cast<size_t>(deepest) * static_cast<size_t>(piece), 16);
+    const size_t own = room + a_size + static_cast<size_t>(piece) * columns;
+    static thread_local Buffer packed, rest;  // kept: a step asks for the same sizes again and again
+    packed.reserve(std::max<size_t>(b_size, 16) * 4);
     rest.reserve(own * static_cast<size_t>(pool.threads()) * 4);
     float *const b = packed.as<float>(), *const all = rest.as<float>();
     pool.run([&](Worker& me) {
-        float *const mine = all + own * static_cast<size_t>(me.index), *const a = mine + room, *const sums = a + up(deepest * static_cast<size_t>(rows), 16);
-        for (int i = me.next(); i < static_cast<int>(steps.size()); i = me.next()) {
-            const Step& s = steps[static_cast<size_t>(i)];
-            kernels.pack_b(s.term->b, s.term->b_across, 0, p.n, width, s.k, s.count, b + s.b, mine);
+        float *const mine = all + own * static_cast<size_t>(me.index), *const a = mine + room, *const sums = a + a_size;
+        for (int i = me.next(); i < static_cast<int>(packing.size()); i = me.next()) {
+            const Packing& w = packing[static_cast<size_t>(i)];
+            kernels.pack_b(w.term->b, w.term->b_across, w.panel->n, w.panel->columns, w.panel->width, w.k, std::min(DEPTH, w.term->depth() - w.k),
+                           b + w.panel->place + static_cast<size_t>(w.at) * static_cast<size_t>(w.panel->width), mine);
         }
         me.barrier();
-        for (int i = me.next(); i < groups; i = me.next()) {
-            const int first = i * rows, here = std::min(rows, p.m - first);
-            const Term* packed_of = nullptr;
-            for (const Step& s : steps) {
-                const Term& t = *s.term;
-                if (packed_of != &t) kernels.pack_a(t.a, t.a_across, first, here, a, mine);
-                packed_of = &t;
-                const size_t depth = static_cast<size_t>(t.depth()), rs = t.a_across ? 1 : depth, ks = t.a_across ? static_cast<size_t>(R) : 1;
-                for (int m = 0; m < here; m += R) {
-                    kernels.panel(a + static_cast<size_t>(m) * depth + static_cast<size_t>(s.k) * ks, rs, ks, b + s.b, s.count, width,
-                                  sums + static_cast<size_t>(m) * N, N, &s != &steps[0]);
+        for (int i = me.next(); i < pieces; i = me.next()) {
+            const int first = i * piece, rows = std::min(piece, m - first);
+            const size_t padded = up(static_cast<size_t>(rows), static_cast<size_t>(R));
+            for (size_t pass = 0; pass < passes.size(); ++pass) {
+                for (const Part& part : passes[pass]) {
+                    const Term& t = *readers.different[part.reader];
+                    kernels.pack_a(t.a, t.a_across, first, rows, part.k, part.count, a + static_cast<size_t>(part.before) * padded, mine);
+                }
+                for (size_t number = 0; number < panels.size(); ++number) {
+                    const Panel& panel = panels[number];
+                    const Product& p = *panel.product;
+                    float* const here = sums + (passes.size() > 1 ? number * static_cast<size_t>(N) : 0);
+                    for (const Bit& bit : plan.bits[panel.of][pass]) {
+                        const Part& part = passes[pass][bit.part];
+                        const bool across = readers.different[part.reader]->a_across;
+                        const size_t depth = static_cast<size_t>(part.count), rs = across ? 1 : depth, ks = across ? static_cast<size_t>(R) : 1;
+                        const float* const from = a + static_cast<size_t>(part.before) * padded + static_cast<size_t>(bit.from) * ks;
+                        const float* const by = b + panel.place + static_cast<size_t>(bit.b_at) * static_cast<size_t>(panel.width);
+                        for (int r = 0; r < rows; r += R) {
+                            float* const to = here + static_cast<size_t>(r) * columns;
+                            kernels.panel(from + static_cast<size_t>(r) * depth, rs, ks, by, bit.count, panel.width, to, columns, bit.more);
+                            if (!bit.last) continue;
+                            for (int j = r; j < std::min(r + R, rows); ++j) {
+                                finish_row(kernels, p, first + j, panel.n, panel.columns, here + static_cast<size_t>(j) * columns);
+                            }
+                        }
+                    }
                 }
             }
-            for (int m = 0; m < here; ++m) finish_row(kernels, p, first + m, 0, p.n, sums + static_cast<size_t>(m) * N);
         }
     });
+}
+
+// As many panels of columns at once as `PACKED` holds.
+void compute_rows(Pool& pool, const std::vector<Product>& products, const Readers& readers) {
+    const ProductKernels& kernels = product_kernels();
+    const int m = products[0].m;
+    int depth = 0;
+    bool across = false;
+    for (const Term* t : readers.different) {
+        depth += t->depth();
+        across = across || t->a_across;
+    }
+    // a that lies across is read along its rows, and as much of each as possible; else its whole depth is held, or of a deep one half
+    const int most = across ? 384 : static_cast<size_t>(depth) * 192 * 4 <= HELD ? 192 : 96;
+    const int piece = rows_a_piece(m, pool.threads(), kernels.rows, most);
+    Plan plan{m, piece, passes_of(readers, piece), {}};
+    std::vector<Panel> panels;
+    size_t size = 0;
+    for (size_t i = 0; i < products.size(); ++i) plan.bits.push_back(bits_of(products[i], readers.of[i], plan.passes));
+    for (size_t i = 0; i < products.size(); ++i) {
+        const Product& p = products[i];
+        size_t deep = 0;
+        for (const Term& t : p.terms) deep += static_cast<size_t>(t.depth());
+        for (int n = 0; n < p.n; n += kernels.columns) {
+            const int columns = std::min(kernels.columns, p.n - n), width = (columns + kernels.vector - 1) / kernels.vector * kernels.vector;
+            const size_t more = deep * static_cast<size_t>(width);
+            if (!panels.empty() && (size + more) * 4 > PACKED) {
+                compute_panels(pool, readers, plan, panels, size);
+                panels.clear();
+                size = 0;
+            }
+            panels.push_back({&p, i, n, columns, width, size});
+            size += more;
+        }
+    }
+    compute_panels(pool, readers, plan, panels, size);
 }
 
 // Terms in whole numbers with the kernels of inference (linear.h): a is quantised once for all; each thread takes columns, builds their
@@ -301,28 +441,28 @@ void compute(Pool& pool, const std::vector<Product>& products) {
     const int rows = products.empty() ? 0 : products[0].m;
     if (rows == 0) return;
     const Readers readers(products);
-    bool whole = false;
-    size_t depth = 1;
     for (const Term* t : readers.different) {
-        whole = whole || t->whole;
-        depth += static_cast<size_t>(t->depth());
+        if (t->whole) return compute_whole(pool, products, readers, rows);
     }
-    if (whole) return compute_whole(pool, products, readers, rows);
-    if (products.size() == 1 && products[0].n <= product_kernels().columns) return compute_thin(pool, products[0]);
+    // Packed b is written to memory and read again, or packed a and the sums are: whichever is less, of some shapes measured
+    double depth = 0, columns = 0;
+    for (const Term* t : readers.different) depth += t->depth();
+    for (const Product& p : products) columns += p.n;
+    if (depth == 0) {
+        const std::vector<float> nothing(static_cast<size_t>(columns));
+        for (const Product& p : products) {
+            for (int m = 0; m < rows; ++m) finish_row(product_kernels(), p, m, 0, p.n, nothing.data());
+        }
+        return;
+    }
+    if (1.5 * depth * columns <= rows * (depth + columns)) return compute_rows(pool, products, readers);
     const int R = product_kernels().rows;
-    const int most = static_cast<int>(std::max<size_t>(PACKED / (4 * depth), static_cast<size_t>(32 * R))) / R * R;
+    const int most = static_cast<int>(std::max(ROWS_PACKED / (4 * std::max(depth, 1.0)), 32.0 * R)) / R * R;
     const int times = (rows + most - 1) / most, each = ((rows + times - 1) / times + R - 1) / R * R;
-    for (int first = 0; first < rows; first += each) compute_dense(pool, products, readers, first, std::min(each, rows - first));
+    for (int first = 0; first < rows; first += each) compute_columns(pool, products, readers, first, std::min(each, rows - first));
 }
 
 namespace {
-
-// Pieces of about `most` rows, a multiple of six, as many as make all threads equally busy
-int rows_a_piece(int rows, int threads, int most) {
-    const int rounds = std::max(1, (rows + threads * most - 1) / (threads * most));
-    const int pieces = threads * rounds, each = (rows + pieces - 1) / pieces;
-    return std::max(PANEL_ROWS, (each + PANEL_ROWS - 1) / PANEL_ROWS * PANEL_ROWS);
-}
 
 #if defined(__x86_64__)
 // A panel of a b of any form. What is not bf16 is rounded to it first, in `room`: two times pairs x 64 numbers, and as many in f32.
@@ -366,7 +506,7 @@ void product_bf16(Pool& pool, const Product& p) {
     size_t longest = 0;
     for (const Step& s : steps) longest = std::max(longest, static_cast<size_t>(s.pairs));
     const int blocks = static_cast<int>(steps.size()), panels = (p.n + PANEL_COLUMNS - 1) / PANEL_COLUMNS;
-    const int piece = rows_a_piece(p.m, pool.threads(), across ? 192 : 96), pieces = (p.m + piece - 1) / piece;
+    const int piece = rows_a_piece(p.m, pool.threads(), PANEL_ROWS, across ? 192 : 96), pieces = (p.m + piece - 1) / piece;
     const size_t panel_size = longest * PANEL_COLUMNS * 2;  // of all blocks; some may be shorter
     const size_t width = static_cast<size_t>(panels) * PANEL_COLUMNS;
     const size_t a_size = across ? static_cast<size_t>(piece) * longest * 2 : 0;

@@ -86,18 +86,33 @@ inline void turn16(const float* rows, int count, float* to, size_t stride) {
     }
 }
 
-// room: `count` and 6 more
-void pack_a(const Lying& a, bool across, int first, int count, float* to, float* room) {
-    const int padded = (count + ROWS - 1) / ROWS * ROWS;
+// room: 8 times `count`, and 8 more
+void pack_a(const Lying& a, bool across, int first, int count, int k, int depth, float* to, float* room) {
+    const int whole = count / ROWS * ROWS;
     if (!across) {
-        for (int m = 0; m < count; ++m) strip(a, first + m, 0, a.columns, to + (size_t)m * a.columns);
-        memset(to + (size_t)count * a.columns, 0, (size_t)(padded - count) * a.columns * sizeof(float));
+        for (int m = 0; m < count; ++m) strip(a, first + m, k, depth, to + (size_t)m * depth);
+        if (whole < count) memset(to + (size_t)count * depth, 0, (size_t)(whole + ROWS - count) * depth * sizeof(float));
         return;
     }
-    for (int i = count; i < padded; ++i) room[i] = 0.0f;
-    for (int k = 0; k < a.rows; ++k) {
-        strip(a, k, first, count, room);
-        for (int m = 0; m < count; m += ROWS) memcpy(to + (size_t)m * a.rows + (size_t)k * ROWS, room + m, ROWS * sizeof(float));
+    // eight rows of depth at a time: panels lie so far from each other that many of their lines share a place in the first cache
+    for (int k0 = 0; k0 < depth; k0 += 8) {
+        const int here = least(8, depth - k0);
+        const float* rows[8];
+        for (int i = 0; i < here; ++i) {
+            rows[i] = (const float*)(a.data + (size_t)(k + k0 + i) * a.stride) + first;
+            if (a.form == Form::f32) continue;
+            strip(a, k + k0 + i, first, count, room + (size_t)i * count);
+            rows[i] = room + (size_t)i * count;
+        }
+        for (int m = 0; m < whole; m += ROWS) {
+            float* panel = to + (size_t)m * depth + (size_t)k0 * ROWS;
+            for (int i = 0; i < here; ++i, panel += ROWS) memcpy(panel, rows[i] + m, ROWS * sizeof(float));
+        }
+        if (whole == count) continue;
+        float* panel = to + (size_t)whole * depth + (size_t)k0 * ROWS;
+        for (int i = 0; i < here; ++i) {
+            for (int r = 0; r < ROWS; ++r) *panel++ = whole + r < count ? rows[i][whole + r] : 0.0f;
+        }
     }
 }
 
