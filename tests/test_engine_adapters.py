@@ -24,7 +24,9 @@ from criadero.engine.request import Request, SamplingParams
 from criadero.engine.runner import Runner, native_available
 from criadero.engine.torch_runner import TorchRunner
 from criadero.errors import UserError
+from criadero.export import export
 from criadero.lora import adapters, attach, save_adapter, train_rows
+from criadero.run import make as make_stage
 from criadero.train.sft import SftRecipe, sft
 
 RUNNERS = [
@@ -157,6 +159,40 @@ def test_what_is_no_adapter_of_this_base(places: dict[str, Path], tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", ["sealed", "folder", "gguf"])
+def test_weights_that_were_exchanged_at_the_same_place_are_noticed(tmp_path: Path, form: str) -> None:
+    """A base without a passport has no id, and one with a passport keeps its id when somebody writes into it."""
+    base = tmp_path / ("base.gguf" if form == "gguf" else "base")
+    if form == "sealed":
+        with artifact.create(base, kind="base", config={}) as draft:
+            tiny.base(draft.path)
+    for n in (1, 0):  # the other one first
+        folder = tiny.base(tmp_path / f"folder{n}", seed=n)
+        if form == "gguf":
+            export(str(folder), to="gguf", out=tmp_path / f"base{n}.gguf", type="f32")
+    if form == "folder":
+        shutil.copytree(tmp_path / "folder0", base)
+    if form == "gguf":
+        shutil.copy(tmp_path / "base0.gguf", base)
+    data = str(tiny.write_chats(tmp_path / "chats.jsonl"))
+    made = sft(SftRecipe(base=str(base), data=data, epochs=1.0, dtype="float32"), tmp_path / "tuned")
+    assert load_model(made.path).config.vocab_size
+    if form == "gguf":
+        shutil.copy(tmp_path / "base1.gguf", base)
+    else:
+        shutil.copy(tmp_path / "folder1" / "model.safetensors", base / "model.safetensors")
+    words = "tuned: this adapter was made on other weights than .*base.* has now: bring those back, or tune again"
+    with pytest.raises(UserError, match=words):
+        load_model(made.path)
+    with pytest.raises(UserError, match=words):
+        LLM(base, runner="torch").load_adapter("tuned", made.path)
+    with pytest.raises(UserError, match=words):
+        make_stage("merge", {"models": [str(made.path)]}, tmp_path / "whole")
+    with pytest.raises(UserError, match=words):
+        export(str(made.path), to="gguf", out=tmp_path / "whole.gguf", type="f32")
+    assert not list(tmp_path.glob("whole*"))
+
+
 def test_a_sealed_adapter_belongs_to_its_base(tmp_path: Path) -> None:
     for n in (0, 1):
         with artifact.create(tmp_path / f"base{n}", kind="base", config={"n": n}) as draft:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from criadero import lora
 from criadero.artifact import create, open_artifact, verify
@@ -23,6 +24,7 @@ from criadero.model import Llama
 from criadero.run import make
 from criadero.train import checkpoint, sft
 from criadero.train.examples import prepare
+from criadero.train.optim import Optimizer
 from criadero.train.preflight import counted
 from criadero.train.sft import SftRecipe
 from criadero.train.texts import keep_apart, pieces_of, read_texts
@@ -383,4 +385,62 @@ def test_a_loss_that_is_not_a_number_stops_keeps_the_state_and_names_the_batch(
     assert found is not None
     assert found[0]["step"] == 3
     assert all(torch.isfinite(tensor).all() for tensor in checkpoint.load(found[1]).values())
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_base_whose_weights_are_no_numbers_is_refused_before_it_learns(place: Path, tmp_path: Path) -> None:
+    base = tiny.base(tmp_path / "broken")
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"broken: the held-out loss is not finite before anything is learned, .* take another"
+    ):
+        make("sft", QUICK | {"base": str(base), "data": str(place / "shop.jsonl")}, tmp_path / "x")
+    assert not list(tmp_path.glob("x*"))
+
+
+def breaks_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights are no numbers any more after this step, whose own loss and gradient were."""
+    original, calls = Optimizer.step, []
+
+    def update(self: Optimizer, *args: Any, **kwargs: Any) -> float:
+        norm = original(self, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == step:
+            with torch.no_grad():
+                next(iter(self.parameters.values()))[0] = torch.nan
+        return norm
+
+    monkeypatch.setattr(Optimizer, "step", update)
+
+
+def test_weights_that_break_between_two_losses_do_not_end_in_a_crash(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = QUICK | {"base": str(place / "base"), "data": str(place / "shop.jsonl"), "eval_every": 1, "patience": 0}
+    breaks_after(3, monkeypatch)
+    with pytest.raises(UserError, match="step 4: the loss is not finite in the batch of "):
+        make("sft", values, tmp_path / "x")
+    lines = [json.loads(line) for line in (tmp_path / "x.partial" / "metrics.jsonl").read_text().splitlines()]
+    assert math.isnan(lines[2]["held_out"]["chats"]["loss"])
+    assert set(lines[2]["answers"]) == {"(no answer: the model gave NaN for a logit)"}
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("eval_every", [1, 1000])
+def test_weights_that_break_in_the_last_step_are_not_sealed(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eval_every: int
+) -> None:
+    """The best of the measured ones are; where none was measured, nothing is."""
+    values = QUICK | {"base": str(place / "base"), "data": str(place / "shop.jsonl"), "patience": 0}
+    whole = make("sft", values, tmp_path / "whole").passport["step"]["steps"]
+    breaks_after(whole, monkeypatch)
+    if eval_every == 1:
+        made = make("sft", values | {"eval_every": 1}, tmp_path / "x")
+        assert 0 < made.passport["step"]["best_step"] < whole
+        assert all(torch.isfinite(one).all() for one in load_file(made.path / "adapter_model.safetensors").values())
+        return
+    with pytest.raises(UserError, match="not finite after tuning, so nothing is sealed: start over"):
+        make("sft", values | {"eval_every": eval_every}, tmp_path / "x")
     assert not (tmp_path / "x").exists()

@@ -6,6 +6,7 @@ The layout is converted once, here: everything past this package has Hugging Fac
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,12 +63,15 @@ __all__ = [
     "save_hf",
     "template_of",
     "tokenizer_of",
+    "weights_sample",
     "write_gguf",
     "write_quantised",
 ]
 
 Ref = str | Path | Artifact
 ADAPTER = "adapter_config.json"
+_WEIGHTS = (".safetensors", ".gguf", ".pth")
+_PIECES, _PIECE = 64, 4096  # of a file of weights that are looked at, and their bytes
 
 
 def load_model(
@@ -195,8 +199,24 @@ def _with_ends(config: ModelConfig, adapter: Path) -> ModelConfig:
     return dataclasses.replace(config, eos_token_id=tuple(eos) if isinstance(eos, list) else eos)
 
 
+def weights_sample(base: Path) -> str:
+    """A hash of pieces of the weights at ``base``: other weights of the same shapes have another, in milliseconds however large they
+    are. Where single bytes have changed, ``criadero passport verify`` finds it, which reads all of them."""
+    files = [base] if base.is_file() else sorted(file for file in base.iterdir() if file.suffix in _WEIGHTS)
+    hasher = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        hasher.update(f"{size}\n".encode())
+        with open(file, "rb") as opened:
+            for n in range(_PIECES):
+                opened.seek(size * n // _PIECES)
+                hasher.update(opened.read(_PIECE))
+    return "sha256:" + hasher.hexdigest()
+
+
 def check_base(folder: Path, base: Path) -> None:
-    """A sealed adapter belongs to the one base that its passport names: another of the same shape would give nonsense."""
+    """A sealed adapter belongs to the one base that its passport names, by its id and a sample of its weights: another of the same
+    shape would give nonsense."""
     passport = read_passport(folder)
     there = read_passport(base) if base.is_dir() else None
     wanted = [row["id"] for row in passport["inputs"] if row.get("relation") == "finetune_of"] if passport else []
@@ -204,6 +224,11 @@ def check_base(folder: Path, base: Path) -> None:
         raise UserError(
             f"{folder}: this adapter was made on another base than {base} (its passport names {wanted[0][7:19]}, "
             f"this is {there['id'][7:19]}): bring that base back, or tune again"
+        )
+    sample = (passport.get("model") or {}).get("base_sample") if passport else None
+    if sample and sample != weights_sample(base):
+        raise UserError(
+            f"{folder}: this adapter was made on other weights than {base} has now: bring those back, or tune again"
         )
 
 
@@ -216,7 +241,10 @@ def adapter_base(folder: Path) -> Path:
     try:
         found = near if near.exists() else resolve(base)
     except UserError as error:
-        raise UserError(f"{folder}: the base of this adapter is not here: {error}") from None
+        raise UserError(
+            f"{folder}: the base of this adapter is not here: {error}; put it back there, or say in {ADAPTER} where it is "
+            "(base_model_name_or_path)"
+        ) from None
     if found.resolve() == folder.resolve():
         raise UserError(f"{folder / ADAPTER}: base_model_name_or_path names the adapter itself")
     if (found / ADAPTER).is_file():

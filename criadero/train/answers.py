@@ -9,6 +9,7 @@ from criadero.chat import Message, Template, render
 from criadero.data.filters import identify
 from criadero.engine.generate import generate
 from criadero.engine.request import SamplingParams
+from criadero.engine.sampler import BadLogits
 from criadero.model import Llama
 from criadero.tokenizer import Tokenizer
 
@@ -55,12 +56,20 @@ def choose(
 def answers(
     model: Llama, asked: Sequence[Asked], tokenizer: Tokenizer, ends: Sequence[int], longest: int = LONGEST
 ) -> list[str]:
-    """The model's greedy answers, of at most ``longest`` tokens. Whether it is training stays as it was."""
+    """The model's greedy answers, of at most ``longest`` tokens. Whether it is training stays as it was. A model whose logits are not
+    numbers (diverged, until the loop sees it in the next loss) says so in place of an answer."""
     params = SamplingParams(max_tokens=longest, stop_ids=tuple(ends))
     was = model.training
+
+    def said(one: Asked) -> str:
+        try:
+            ids = list(generate(model, one.ids, params))
+        except BadLogits as error:
+            return f"(no answer: {error})"
+        # an embedding table may have rows beyond the vocabulary, and an untrained model may choose one: no text belongs to it
+        return tokenizer.decode([id for id in ids if id < tokenizer.vocab_size]).strip()
+
     try:
-        drawn = [list(generate(model, one.ids, params)) for one in asked]
+        return [said(one) for one in asked]
     finally:
         model.train(was)
-    # an embedding table may have rows beyond the vocabulary, and an untrained model may choose one: no text belongs to it
-    return [tokenizer.decode([id for id in ids if id < tokenizer.vocab_size]).strip() for ids in drawn]

@@ -182,7 +182,7 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
     Everything that can be wrong with the input is found before training starts. Killed at any moment, the same call goes on
     from the last resume point.
     """
-    from criadero.checkpoints import holds_quantised, load_config, load_frozen, load_model, tokenizer_of
+    from criadero.checkpoints import holds_quantised, load_config, load_frozen, load_model, tokenizer_of, weights_sample
 
     keep_memory()
     base_path, data_path = resolve(recipe.base), find_data(recipe.data)
@@ -311,6 +311,11 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
             code=", ".join(filter(None, (fast.describe(model), how))), lr=lr, rule=rule[0],
         )  # fmt: skip
         before = held_out_loss(model, evaluation)
+        if evaluation and not math.isfinite(before["loss"]):
+            raise UserError(
+                f"{recipe.base}: the held-out loss is not finite before anything is learned, so its weights hold NaN or infinite "
+                "numbers: get the base again, or take another"
+            )
         taught = held_out_batches(lesson.held_out, length, rows, pad, dtype, device) if lesson else []
         apart = [mean_divergence(model, taught, lesson.temperature)] if lesson else []
         answers_before = answers(model, asked, tokenizer, _listed(ends))
@@ -353,6 +358,10 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
                 name_batch=lambda n: _named(prepared.places, batches.rows_at(n)),
             )  # fmt: skip
         after = held_out_loss(model, evaluation)
+        if evaluation and not math.isfinite(after["loss"]):
+            raise UserError(
+                f"the held-out loss is not finite after tuning, so nothing is sealed: start over (--no-resume) with a lower lr than {lr:g}"
+            )
         if lesson and taught:
             apart.append(mean_divergence(model, taught, lesson.temperature))
             say(f"divergence from the teacher, held out: {apart[0]:.4f} before, {apart[1]:.4f} after")
@@ -394,6 +403,8 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
         _write(recipe, model, config, tokenizer, template, draft.path, _base_name(recipe.base, out))
         draft.data.update(prepared.report.table(data_path, licence, sources))
         draft.model.update(describe(config) | {"trained_params": trained, "method": recipe.method})
+        if kind == "adapter":
+            draft.model["base_sample"] = weights_sample(base_path)
         draft.step.update(
             {
                 "tokens": done["tokens"],
