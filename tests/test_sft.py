@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -452,6 +453,18 @@ def test_too_little_memory_is_said_before_the_training(
     monkeypatch.setattr(memory, "available_memory_bytes", lambda: 2**20)
     data = tiny.write_chats(tmp_path / "shop.jsonl")
     assert "of memory and 0.0 GiB are free; lower micro_tokens" in refusal(capsys, tmp_path / "x", base, data)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_too_little_room_on_the_disk_is_said_before_the_training(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
+    data = tiny.write_chats(tmp_path / "shop.jsonl")
+    said = refusal(capsys, tmp_path / "x", base, data, method=method)
+    assert "x: what is made takes at least 0." in said
+    assert "MB are free on that disk; free some space, or choose another place with --out" in said
 
 
 # --- what happens to the chats ---

@@ -162,7 +162,7 @@ def test_budget_holds_with_many_at_once_and_what_was_paid_is_kept() -> None:
         priced = {"price_in": 10_000.0, "price_out": 10_000.0, "concurrency": 4}
         most = (asks(1)[0].most_prompt_tokens + 512) / 100
         teacher = open_teacher(fields(server.url, budget=most + 4.6, **priced))
-        with pytest.raises(UserError, match=r"the budget of .* is spent: .* the next request may cost"):
+        with pytest.raises(UserError, match=r"the budget of .* does not cover another request: .* the next may cost"):
             teacher.answer(asks(20))
         assert teacher.cost <= most + 4.6
         paid = len(server.requests)

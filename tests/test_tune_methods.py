@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -146,6 +147,39 @@ def test_cut_off_and_gone_on_with_ends_bit_for_bit_the_same(
 ) -> None:
     cut_off(settings(bases, name), tmp_path / "again")
     assert_same(make("sft", settings(bases, name), tmp_path / "again").path, tuned(name))
+
+
+def test_a_disk_that_fills_up_in_a_save_costs_nothing_that_was_saved(
+    bases: Path, tuned: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = settings(bases, "lora", save_minutes=1e-9)  # saved after every step
+    words = ["tune", values.pop("base"), values.pop("data"), "--out", str(tmp_path / "again")]
+    words += [part for name, value in values.items() for part in (f"--{name}", str(value))]
+    original, calls, limits = Optimizer.step, [], resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def update(*args: Any, **kwargs: Any) -> float:
+        calls.append(1)
+        if len(calls) == 3:
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE, (4000, limits[1])
+            )  # no file may be larger: the third save breaks off
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Optimizer, "step", update)
+        try:
+            assert cli._run(words) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if line.startswith("error: ")] == said[-1:]
+    assert "again" in said[-1]
+    assert "File too large" in said[-1]
+    points = tmp_path / "again.partial" / "resume"
+    assert sorted(path.name for path in points.iterdir()) == ["step-00000001", "step-00000002"]
+    assert not (tmp_path / "again").exists()
+    assert cli._run(words) == 0
+    assert_same(tmp_path / "again", tuned("lora"))
 
 
 @pytest.mark.skipif(not fast.compiled(), reason="int8 products need the compiled kernels")

@@ -358,8 +358,8 @@ class _Work:
                     change.wait()  # an answer may turn out cheaper than what was set aside for it
                     continue
                 self.stop = UserError(
-                    f"{teacher.name}: the budget of {teacher.budget:g} is spent: {teacher.cost:.4f} so far, and the next request may "
-                    f"cost {most:.4f}; {self._kept()}, with a larger --budget"
+                    f"{teacher.name}: the budget of {teacher.budget:g} does not cover another request: {teacher.cost:.4f} is spent, and "
+                    f"the next may cost {most:.4f}; {self._kept()}, with a larger --budget"
                 )
             return None
 

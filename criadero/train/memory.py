@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,17 @@ def check_memory(needed: int, device: str = "cpu") -> None:
         raise UserError(
             f"this run needs about {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free; "
             "lower micro_tokens or context, or take a smaller model"
+        )
+
+
+def check_disk(needed: int, out: Path) -> None:
+    """Refuse a run whose result cannot be written where it is to lie, before it starts."""
+    there = next(folder for folder in out.resolve().parents if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise UserError(
+            f"{out}: what is made takes at least {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free on that disk; free some space, "
+            "or choose another place with --out"
         )
 
 

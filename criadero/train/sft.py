@@ -44,7 +44,7 @@ from criadero.train.examples import Prepared, find_data, prepare
 from criadero.train.hardware import choose_dtype, keep_memory, peak_memory_bytes
 from criadero.train.loop import Plan, train
 from criadero.train.loss import next_token_loss
-from criadero.train.memory import check_memory, needs, stored_bytes
+from criadero.train.memory import check_disk, check_memory, needs, stored_bytes
 from criadero.train.memory import fit as fit_memory
 from criadero.train.optim import Optimizer
 from criadero.train.preflight import Report, check, fitted, measure_speed, pieces, show
@@ -303,6 +303,7 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
         )  # fmt: skip
         memory, how = gpu.prepare(model, recipe.gradient_checkpointing, recipe.compile, plain, saving)
         check_memory(memory.total, device)
+        check_disk(dtype.itemsize * (trained if kind == "adapter" else config.parameters()), out)
         speed = measure_speed(model, batches(0), objective)
         show(
             prepared.report, tokenizer, prepared.train[0], base=recipe.base, method=recipe.method, trained=trained,
