@@ -83,6 +83,21 @@ def test_kill_9_at_a_random_step_and_again(tmp_path: Path, unbroken: Path) -> No
     assert len(list((tmp_path / "resume").iterdir())) == 2
 
 
+def test_moments_matter_to_how_a_run_goes_on(tmp_path: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison can fail: gone on with cold, with the weights and without the moments, a run ends elsewhere."""
+    interrupted(tmp_path, unbroken, 12, monkeypatch)
+    original = checkpoint.load
+
+    def cold(path: Path) -> dict[str, torch.Tensor]:
+        kept = ("master", "best")
+        return {n: t if n.startswith(kept) else torch.zeros_like(t) for n, t in original(path).items()}
+
+    monkeypatch.setattr(checkpoint, "load", cold)
+    resume_worker.work(tmp_path)
+    with pytest.raises(AssertionError):
+        assert_same_end(tmp_path, unbroken)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_ends_the_step_saves_and_can_be_gone_on_with(
     tmp_path: Path, unbroken: Path, number: signal.Signals

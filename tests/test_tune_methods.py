@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from criadero.checkpoints import load_frozen, load_model
 from criadero.engine.llm import LLM
 from criadero.errors import UserError
 from criadero.run import make
-from criadero.train import fast
+from criadero.train import checkpoint, fast
 from criadero.train.optim import Optimizer
 
 IDS = torch.randint(0, 280, (2, 17), generator=torch.Generator().manual_seed(3))
@@ -36,9 +39,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "qlora8": {"method": "qlora", "base": "int8"},
     "full": {"method": "full", "lr": 5e-3},
     "text": {"data": "texts", "train_on": "text", "max_length": 64},
+    "text, full": {"data": "texts", "train_on": "text", "max_length": 64, "method": "full", "lr": 5e-3},
     "distil": {"data": "lesson", "base": "student", "method": "full", "lr": 1e-2},
 }
-CHATS = [name for name in METHODS if name not in ("text", "distil")]
+CHATS = [name for name in METHODS if name not in ("text", "text, full", "distil")]
 if fast.compiled():
     METHODS |= {
         "lora, int8 products": {"base_matmul": "int8"},
@@ -147,6 +151,42 @@ def test_cut_off_and_gone_on_with_ends_bit_for_bit_the_same(
 ) -> None:
     cut_off(settings(bases, name), tmp_path / "again")
     assert_same(make("sft", settings(bases, name), tmp_path / "again").path, tuned(name))
+
+
+KILLS = """
+import json, os, signal, sys
+import torch
+torch.set_num_threads(1)
+from criadero.run import make
+from criadero.train.optim import Optimizer
+original, calls, last = Optimizer.step, [], int(sys.argv[1])
+def step(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+Optimizer.step = step
+make("sft", json.loads(sys.argv[2]), sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in ("lora", "qlora4") else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+)
+def test_kill_9_in_the_middle_of_tuning_and_again(
+    name: str, bases: Path, tuned: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Nothing is tidied up by who is killed; what is there is the point after an earlier step, and it is enough."""
+    at = random.Random(os.getpid()).randint(2, 9)  # another step in every run of the tests
+    values = settings(bases, name, save_minutes=1e-9)
+    command = [sys.executable, "-c", KILLS, str(at), json.dumps(values), str(tmp_path / "again")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    found = checkpoint.latest(tmp_path / "again.partial" / "resume")
+    assert found is not None
+    assert found[0]["step"] == at - 1
+    assert not (tmp_path / "again").exists()
+    assert_same(make("sft", values, tmp_path / "again").path, tuned(name))
 
 
 def test_a_disk_that_fills_up_in_a_save_costs_nothing_that_was_saved(

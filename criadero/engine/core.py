@@ -205,6 +205,10 @@ class Engine:
                     for sequence, _ in work:
                         self._ready.append(self._fail(sequence, Output(sequence.id, sequence.index), "the step failed"))
                     raise
+                if (
+                    logits is not None and self.tokenizer is not None
+                ):  # tables may have rows beyond the vocabulary: no text belongs to them
+                    logits[:, self.tokenizer.vocab_size :] = -np.inf
                 first = 0
                 for (sequence, count), wanted in zip(work, rows, strict=True):
                     last = first + wanted
