@@ -94,6 +94,18 @@ def test_what_the_page_says() -> None:
     assert text.count('class="en" lang="en"') == text.count('class="es" lang="es"') > 20
 
 
+def test_what_was_measured_on_the_way_and_that_it_ended_early() -> None:
+    lines = [line | ({"task": {"accuracy": line["step"] / 20}} if "held_out" in line else {}) for line in LINES]
+    said = comparison(lines=lines, task=[0.0, 1.0], questions=4, planned=50, best_step=15)
+    read = Balanced(page(said))
+    for words in ("measured on the way", "medido por el camino", "ended early, of", "acabó antes, de", "75 %", "0.333"):
+        assert words in read.text, words
+    whole = Balanced(page(comparison(planned=20))).text
+    assert "ended early" not in whole
+    assert "75 %" not in whole
+    assert "measured on the way" not in page(comparison(lines=LINES[:1]))
+
+
 def test_it_asks_for_nothing_and_runs_nothing() -> None:
     text = page(comparison())
     read = Balanced(text)

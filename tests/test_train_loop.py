@@ -16,9 +16,10 @@ from criadero.errors import UserError
 from criadero.model import Llama
 from criadero.train import curves
 from criadero.train.batches import Batch, rows_to_batch
-from criadero.train.loop import Plan, train
+from criadero.train.loop import Best, Plan, train
 from criadero.train.loss import next_token_loss
 from criadero.train.optim import Optimizer
+from criadero.train.progress import Progress
 
 
 def rows(count: int, seed: int = 0) -> list[list[Example]]:
@@ -221,3 +222,13 @@ def test_curves_are_a_picture_of_the_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lines", [[], [{"step": 1, "loss": 2.0, "tokens": 5}]])
 def test_curves_of_almost_nothing(lines: list[dict]) -> None:
     assert curves.draw(lines, title="x").startswith("<svg")
+
+
+def test_a_note_is_one_line_however_narrow_the_terminal_is(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    text = Best(step=30, loss=1.7, since=2).ended(50)
+    assert len(text) > 80
+    Progress("tuning", 200, 0).note(text)
+    assert capfd.readouterr().err == text + "\n"

@@ -47,7 +47,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """A line of its own beside the progress."""
-        self.console.print(text, markup=False, highlight=False)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def step(self, line: dict[str, Any]) -> None:
         """Take a line of metrics: ``step``, ``loss``, ``tokens_per_second``."""

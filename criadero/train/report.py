@@ -44,6 +44,7 @@ class Comparison:
     derived: Mapping[str, Any] = field(default_factory=dict)
     task: Sequence[float] = ()  # part of the task's questions that was right, before and after
     questions: int = 0
+    planned: int = 0  # steps, of which a run that ends early makes fewer
 
 
 def write_report(folder: Path, said: Comparison) -> None:
@@ -144,9 +145,12 @@ def _figures(said: Comparison) -> str:
              f"{_fixed(100 * said.task[0], 0)} % <span class='to'>→</span> {_fixed(100 * said.task[-1], 0)} %",
              f"{_both('of', 'de')} {_number(said.questions)} {_both('questions', 'preguntas')}")
         )  # fmt: skip
+    made = int(last.get("step", 0))
+    about = [f"{_both('kept: step', 'se guarda el')} {_number(said.best_step)}"] if said.best_step else []
+    if made < said.planned:
+        about.insert(0, f"{_both('ended early, of', 'acabó antes, de')} {_number(said.planned)}")
     cards += [
-        (_both("steps", "pasos"), _number(int(last.get("step", 0))),
-         f"{_both('kept: step', 'se guarda el')} {_number(said.best_step)}" if said.best_step else ""),
+        (_both("steps", "pasos"), _number(made), "; ".join(about)),
         (_both("weights that learned", "pesos que aprendieron"), _number(said.trained),
          f"{_fixed(100 * said.trained / max(1, said.total), 1)} % {_both('of', 'de')} {_number(said.total)}"),
         (_both("time", "tiempo"), _time(float(last.get("seconds", 0.0))), f"{_number(int(last.get('tokens', 0)))} tokens"),
@@ -168,7 +172,29 @@ def _curve(said: Comparison) -> str:
         "La pérdida en lo apartado eligió el paso que se guarda: es algo mejor que en preguntas que nadie ha visto.",
     )
     note = f"<p>{rule} {chosen if said.best_step else ''}</p>"
-    return f"<section><h2>{_both('The loss', 'La pérdida')}</h2><figure>{chart(said)}</figure>{note}</section>\n"
+    return f"<section><h2>{_both('The loss', 'La pérdida')}</h2><figure>{chart(said)}</figure>{note}{_measured(said)}</section>\n"
+
+
+def _measured(said: Comparison) -> str:
+    """What was measured on the way, in numbers: the held-out loss, and the part of the task that was right."""
+    rows = [("0", said.before, said.task[0] if said.task else None)]
+    for line in said.lines:
+        losses = [scores["loss"] for scores in (line.get("held_out") or {}).values()]
+        if losses:
+            share = (line.get("task") or {}).get("accuracy")
+            rows.append((_number(line["step"]), sum(losses) / len(losses), share))
+    if len(rows) < 2:
+        return ""
+    shown = "".join(
+        f"<tr><td>{step}</td><td>{_fixed(loss, 3) if math.isfinite(loss) else '-'}</td>"
+        + (f"<td>{_fixed(100 * share, 0)} %</td>" if share is not None else "<td></td>" if said.task else "")
+        + "</tr>"
+        for step, loss, share in rows
+    )
+    task = f"<td>{_both('task, answered right', 'tarea, respuestas correctas')}</td>" if said.task else ""
+    head = f"<tr><td>{_both('step', 'paso')}</td><td>{_both('held-out loss', 'pérdida en lo apartado')}</td>{task}</tr>"
+    title = _both("measured on the way", "medido por el camino")
+    return f"<details><summary>{title}</summary><table><tbody>{head}{shown}</tbody></table></details>"
 
 
 def chart(said: Comparison) -> str:

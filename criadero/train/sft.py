@@ -427,7 +427,7 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
                 lines=read_metrics(draft.path / "metrics.jsonl"), best_step=done["best_step"], rule=rule, asked=asked,
                 answers_before=answers_before, answers_after=answers_after, counts=vars(prepared.report),
                 languages=prepared.report.languages, licence=licence, example=pieces(tokenizer, prepared.train[0]),
-                settings=places.told(_given(recipe)), task=[one["accuracy"] for one in tasks], questions=len(task),
+                settings=places.told(_given(recipe)), task=[one["accuracy"] for one in tasks], questions=len(task), planned=steps,
                 derived=derived | {"dtype": str(dtype).removeprefix("torch.")},
             ),
         )  # fmt: skip

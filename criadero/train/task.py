@@ -42,7 +42,8 @@ def read_task(path: Path, tokenizer: Tokenizer, template: Template | None, conte
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"eval_task: {path} cannot be read ({error}); give a .jsonl file of questions") from None
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"eval_task: {path} cannot be read ({why}); give a .jsonl file of questions") from None
     items = [
         _item(line, f"{path}, line {n}", tokenizer, template, context)
         for n, line in enumerate(lines, 1)
