@@ -122,6 +122,51 @@ def test_attention(heads: tuple[int, int, int], lengths: tuple[int, ...], dtype:
     assert error < 5 * TOLERANCE[dtype], error
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_of_a_document_is_the_same_to_the_bit_with_any_threads_and_beside_any_others(
+    dtype: torch.dtype,
+) -> None:
+    h, k, dim = 6, 2, 48
+    lengths = (
+        5,
+        67,
+        0,
+        49,
+        48,
+        1,
+        70,
+        16,
+        17,
+        60,
+        66,
+        50,
+        64,
+        65,
+        70,
+        70,
+    )  # whole ones to one or two threads, heads to three
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    tokens = int(starts[-1])
+    qkv, d_out = draw(0, tokens, (h + 2 * k) * dim, dtype=dtype), draw(1, tokens, h * dim, dtype=dtype)
+    angles = torch.arange(tokens)[:, None] * 0.3 ** torch.arange(dim // 2)
+
+    def attend(a: int, b: int, starts: Tensor, threads: int) -> tuple[Tensor, Tensor, Tensor]:
+        x, g, c, s = qkv[a:b], d_out[a:b], angles[a:b].cos(), angles[a:b].sin()
+        out, lse, grad = torch.empty_like(g), torch.empty(h, b - a), torch.empty_like(x)
+        ours.attend(x, starts, h, k, c, s, out, lse, None, None, threads)
+        ours.attend(x, starts, h, k, c, s, out, lse, g, grad, threads)
+        return out, lse, grad
+
+    one, *others = (attend(0, tokens, starts, threads) for threads in (1, 2, 3))
+    for other in others:
+        assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+    for a, b in zip(starts.tolist(), starts.tolist()[1:], strict=False):
+        out, lse, grad = attend(a, b, torch.tensor([0, b - a]), 2)
+        assert torch.equal(out, one[0][a:b])
+        assert torch.equal(lse, one[1][:, a:b])
+        assert torch.equal(grad, one[2][a:b])
+
+
 def test_the_twin_of_attention_has_the_gradient_of_autograd() -> None:
     h, k, dim, starts = 6, 3, 8, torch.tensor([0, 5, 6, 17])
     qkv = draw(0, 17, (h + 2 * k) * dim).double().requires_grad_()

@@ -41,9 +41,12 @@ void attend_documents(Pool& pool, const AttendBatch& b, bool backward) {
     // Longest documents first, so that no thread is left with one at the end
     std::vector<int> order(static_cast<size_t>(b.documents));
     int longest = 0;
+    double work = 0;  // in squares of tokens
     for (int d = 0; d < b.documents; ++d) {
         order[static_cast<size_t>(d)] = d;
-        longest = std::max(longest, static_cast<int>(b.starts[d + 1] - b.starts[d]));
+        const int tokens = static_cast<int>(b.starts[d + 1] - b.starts[d]);
+        longest = std::max(longest, tokens);
+        work += static_cast<double>(tokens) * tokens;
     }
     std::stable_sort(order.begin(), order.end(), [&](int x, int y) {
         return b.starts[x + 1] - b.starts[x] > b.starts[y + 1] - b.starts[y];
@@ -54,31 +57,47 @@ void attend_documents(Pool& pool, const AttendBatch& b, bool backward) {
     const int parts = split ? group : 1, tasks = b.documents * b.kv_heads * parts;
     const size_t own = (train_attend_room(longest, b.head_dim, backward) + 31) / 16 * 16;  // whole cache lines
     Buffer room(static_cast<size_t>(pool.threads()) * own * 4);
+    const auto task = [&](int i) {
+        const int d = order[static_cast<size_t>(i / (b.kv_heads * parts))], kv = i / parts % b.kv_heads, part = i % parts;
+        const size_t at = static_cast<size_t>(b.starts[d]);
+        AttendDocument t;
+        t.qkv = static_cast<const uint8_t*>(b.qkv) + at * token;
+        t.out = static_cast<const uint8_t*>(b.out) + at * out_token;
+        if (backward) {
+            t.d_out = static_cast<const uint8_t*>(b.d_out) + at * out_token;
+            t.d_qkv = static_cast<uint8_t*>(b.d_qkv) + at * token;
+        }
+        t.cosine = b.cosine + at * half;
+        t.sine = b.sine + at * half;
+        t.lse = b.lse + at;
+        t.lse_stride = static_cast<size_t>(b.tokens);
+        t.tokens = static_cast<int>(b.starts[d + 1] - b.starts[d]);
+        t.heads = b.heads;
+        t.kv_heads = b.kv_heads;
+        t.head_dim = b.head_dim;
+        t.kv_head = kv;
+        t.first = split ? kv * group + part : kv * group;
+        t.last = split ? t.first + 1 : t.first + group;
+        return t;
+    };
+    // A document's heads lie side by side: where none is much of the work, one thread computes them all, one after another; but the last
+    // documents are shared out by heads.
+    const bool small = static_cast<double>(longest) * longest * 4 * pool.threads() <= work;
+    const int all = b.kv_heads * parts, whole = small ? std::max(0, b.documents - 2 * pool.threads()) : 0;
+    const auto first_of = [&](int run) { return run < whole ? run * all : whole * all + (run - whole); };
     pool.run([&](Worker& me) {
         float* mine = room.as<float>() + static_cast<size_t>(me.index) * own;
-        for (int i = me.next(); i < tasks; i = me.next()) {
-            const int d = order[static_cast<size_t>(i / (b.kv_heads * parts))], kv = i / parts % b.kv_heads, part = i % parts;
-            const size_t at = static_cast<size_t>(b.starts[d]);
-            AttendDocument t;
-            t.qkv = static_cast<const uint8_t*>(b.qkv) + at * token;
-            t.out = static_cast<const uint8_t*>(b.out) + at * out_token;
-            if (backward) {
-                t.d_out = static_cast<const uint8_t*>(b.d_out) + at * out_token;
-                t.d_qkv = static_cast<uint8_t*>(b.d_qkv) + at * token;
+        for (int run = me.next(); first_of(run) < tasks; run = me.next()) {
+            for (int i = first_of(run); i < first_of(run + 1); ++i) {
+                AttendDocument t = task(i), next;
+                if (t.tokens == 0) continue;
+                const int after = i + 1 < first_of(run + 1) ? i + 1 : first_of(run + pool.threads());  // a guess, where a run ends
+                if (after < tasks) {
+                    next = task(after);
+                    t.next = &next;
+                }
+                (backward ? attend_backward : attend)(t, mine);
             }
-            t.cosine = b.cosine + at * half;
-            t.sine = b.sine + at * half;
-            t.lse = b.lse + at;
-            t.lse_stride = static_cast<size_t>(b.tokens);
-            t.tokens = static_cast<int>(b.starts[d + 1] - b.starts[d]);
-            t.heads = b.heads;
-            t.kv_heads = b.kv_heads;
-            t.head_dim = b.head_dim;
-            t.kv_head = kv;
-            t.first = split ? kv * group + part : kv * group;
-            t.last = split ? t.first + 1 : t.first + group;
-            if (t.tokens == 0) continue;
-            (backward ? attend_backward : attend)(t, mine);
         }
     });
 }

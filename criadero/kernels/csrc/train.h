@@ -25,6 +25,7 @@ struct AttendDocument {
     int tokens = 0, heads = 0, kv_heads = 0, head_dim = 0;
     int kv_head = 0;
     int first = 0, last = 0;     // query heads of this group: [first, last), counted over all heads; backward takes the whole group
+    const AttendDocument* next = nullptr;  // probably computed after this one, to be asked for ahead
 };
 
 struct TrainKernels {

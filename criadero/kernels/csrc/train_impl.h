@@ -3,42 +3,62 @@
 #pragma once
 #include "train.h"
 #include "vec.h"
+#if VEC_AVX512
+#include "transpose16.h"
+#endif
 
 namespace criadero {
 namespace {
 
 constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
-constexpr int QUERIES = 64;  // query rows that are worked on together
+constexpr int QUERIES = 48;  // worked on together: a multiple of 16 and of TALL
 
 inline vf load_any(const float* p) { return load(p); }
 inline vf load_any(const uint16_t* p) { return load_bf16(p); }
 inline void store_any(float* p, vf a) { store(p, a); }
-inline void store_any(uint16_t* p, vf a) {  // to nearest, ties to even; NaN stays NaN
 #if VEC_AVX512
+inline __m256i to_bf16(vf a) {  // to nearest, ties to even; NaN stays NaN
     const __m512i u = _mm512_castps_si512(a);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
     __m512i r = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16);
     r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
-    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(r));
+    return _mm512_cvtepi32_epi16(r);
+}
+inline __mmask16 first_lanes(int n) { return (__mmask16)((1u << n) - 1); }
+inline void store_any(uint16_t* p, vf a) { _mm256_storeu_si256((__m256i*)p, to_bf16(a)); }
+inline vf load_less(const float* p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+inline vf load_less(const uint16_t* p, int n) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), p)), 16));
+}
+inline void store_less(float* p, int n, vf a) { _mm512_mask_storeu_ps(p, first_lanes(n), a); }
+inline void store_less(uint16_t* p, int n, vf a) { _mm256_mask_storeu_epi16(p, first_lanes(n), to_bf16(a)); }
 #else
+inline void store_any(uint16_t* p, vf a) {
     float all[W];
     store(all, a);
     for (int i = 0; i < W; ++i) p[i] = float_to_bf16(all[i]);
-#endif
 }
 template <class T>
-inline vf load_part(const T* p, int n) {  // the first n, then zeros
-    if (n >= W) return load_any(p);
+inline vf load_less(const T* p, int n) {
     T all[W] = {};
     for (int i = 0; i < n; ++i) all[i] = p[i];
     return load_any(all);
 }
 template <class T>
-inline void store_part(T* p, int n, vf a) {
-    if (n >= W) return store_any(p, a);
+inline void store_less(T* p, int n, vf a) {
     T all[W];
     store_any(all, a);
     for (int i = 0; i < n; ++i) p[i] = all[i];
+}
+#endif
+template <class T>
+inline vf load_part(const T* p, int n) {  // the first n, then zeros
+    return n >= W ? load_any(p) : load_less(p, n);
+}
+template <class T>
+inline void store_part(T* p, int n, vf a) {
+    if (n >= W) store_any(p, a);
+    else store_less(p, n, a);
 }
 
 inline vf sigmoid(vf x) {  // at most 2^126 below the line, which makes it 0 far to the left
@@ -149,43 +169,69 @@ float cross_entropy(void* logits_, int n, int target, bool backward) {
 }
 
 // --- attention ---
-// Scores are kept in units of log2, so that softmax needs exp2 alone. All scratch is f32; leading sizes are multiples of 64 keys and 16
-// columns, filled up with zeros.
+// Scores lie as [keys][queries], so that softmax works on a vector of queries at a time and keys need not be transposed. They are kept in
+// units of log2, so that softmax needs exp2 alone. All scratch is f32; head sizes are multiples of 16 there, filled up with zeros.
 
 inline int up_to(int n, int step) { return (n + step - 1) / step * step; }
-
-// c[4][NV * W] (+)= sum over k0 <= k < k1 of a(row, k) * b[k]
-template <int NV>
-inline void tile(const float* a, size_t rs, size_t ks, int k0, int k1, const float* b, size_t ldb, float* c, size_t ldc, bool more) {
-    vf s[4][NV];
-    for (int r = 0; r < 4; ++r) {
-        for (int j = 0; j < NV; ++j) s[r][j] = more ? load(c + r * ldc + j * W) : zero();
-    }
-    for (int k = k0; k < k1; ++k) {
-        vf v[NV];
-        for (int j = 0; j < NV; ++j) v[j] = load(b + k * ldb + j * W);
-        for (int r = 0; r < 4; ++r) {
-            const vf x = set1(a[r * rs + k * ks]);
-            for (int j = 0; j < NV; ++j) s[r][j] = fma(x, v[j], s[r][j]);
-        }
-    }
-    for (int r = 0; r < 4; ++r) {
-        for (int j = 0; j < NV; ++j) store(c + r * ldc + j * W, s[r][j]);
-    }
-}
 
 #if VEC_AVX512 || VEC_NEON
 constexpr int WIDE = 4;
 #else
 constexpr int WIDE = 2;
 #endif
+constexpr int TALL = 6;  // TALL x WIDE sums are what the registers hold
 
-// Four rows, `columns` (a multiple of 16) columns
+// c[R][NV * W] (+)= sum over k0 <= k < k1 of a(row, k) * b[k]; each sum in the order of k, whatever R and NV
+template <int R, int NV>
+inline void tile(const float* a, size_t rs, size_t ks, int k0, int k1, const float* b, size_t ldb, float* c, size_t ldc, bool more) {
+    vf s[R][NV];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) s[r][j] = more ? load(c + r * ldc + j * W) : zero();
+    }
+    a += k0 * ks;
+    b += k0 * ldb;
+    for (int k = k0; k < k1; ++k, a += ks, b += ldb) {
+        vf v[NV];
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) v[j] = load(b + j * W);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const vf x = set1(a[r * rs]);
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; ++j) s[r][j] = fma(x, v[j], s[r][j]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) store(c + r * ldc + j * W, s[r][j]);
+    }
+}
+
+// R rows by `columns` (a multiple of 16) columns, in pieces as even as can be: one vector's sums are too few to keep the units busy
+template <int R>
+inline void tiles(const float* a, size_t rs, size_t ks, int k0, int k1, const float* b, size_t ldb, int columns, float* c, size_t ldc, bool more) {
+    for (int left = columns / W, pieces = (left + WIDE - 1) / WIDE; left > 0; --pieces) {
+        const int now = (left + pieces - 1) / pieces;
+        switch (now) {
+            case 1: tile<R, 1>(a, rs, ks, k0, k1, b, ldb, c, ldc, more); break;
+            case 2: tile<R, 2>(a, rs, ks, k0, k1, b, ldb, c, ldc, more); break;
+#if VEC_AVX512 || VEC_NEON
+            case 3: tile<R, 3>(a, rs, ks, k0, k1, b, ldb, c, ldc, more); break;
+            default: tile<R, 4>(a, rs, ks, k0, k1, b, ldb, c, ldc, more); break;
+#endif
+        }
+        b += now * W;
+        c += now * W;
+        left -= now;
+    }
+}
+
 inline void four_rows(const float* a, size_t rs, size_t ks, int k0, int k1, const float* b, size_t ldb, int columns, float* c, size_t ldc,
                       bool more) {
-    int n = 0;
-    for (; n + WIDE * W <= columns; n += WIDE * W) tile<WIDE>(a, rs, ks, k0, k1, b + n, ldb, c + n, ldc, more);
-    for (; n < columns; n += W) tile<1>(a, rs, ks, k0, k1, b + n, ldb, c + n, ldc, more);
+    tiles<4>(a, rs, ks, k0, k1, b, ldb, columns, c, ldc, more);
 }
 
 // A head's vector of one token, rotated and scaled, in f32; then zeros up to `padded`
@@ -220,13 +266,65 @@ inline void load_plain(const T* p, int dim, int padded, float* to) {
     for (int d = 0; d < dim; d += W) store_part(to + d, least(W, dim - d), load_part(p + d, least(W, dim - d)));
     for (int d = dim; d < padded; ++d) to[d] = 0.0f;
 }
-inline void scatter_column(const float* from, int padded, float* to, size_t stride) {
-    for (int d = 0; d < padded; ++d) to[d * stride] = from[d];
+// to[columns][QUERIES] = from[rows][columns], both multiples of 16
+inline void turn(const float* from, int rows, int columns, float* to) {
+    for (int r = 0; r < rows; r += 16) {
+#if VEC_AVX512
+        for (int d = 0; d < columns; d += 16) {
+            __m512i x[16];
+            for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_si512(from + (size_t)(r + i) * columns + d);
+            transpose16(x);
+            for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + (size_t)(d + i) * QUERIES + r, x[i]);
+        }
+#else
+        for (int d = 0; d < columns; ++d) {
+            for (int i = r; i < r + 16; ++i) to[(size_t)d * QUERIES + i] = from[(size_t)i * columns + d];
+        }
+#endif
+    }
+}
+// Queries before a key do not see it: the first `before` scores of a row become minus infinity. Returns where vectors begin that hold others.
+inline int hide(float* row, int before, int width) {
+    if (before <= 0) return 0;
+    const int first = least(before / W * W, width);
+    for (int c = 0; c < first; c += W) store(row + c, set1(-INFINITY));
+    if (first < width) store(row + first, add(load(row + first), keep_first(set1(-INFINITY), before - first, 0.0f)));
+    return first;
+}
+// What the next head reads and writes is asked for while this one is computed: from token to token it is a page or so, where the processor
+// itself foresees nothing. Inlined by force: a function that only asks is to GCC one that does nothing, and its calls go.
+template <class T>
+__attribute__((always_inline)) inline void ask(const T* p, int n) {
+    for (const char* line = (const char*)((uintptr_t)p & ~(uintptr_t)63); line < (const char*)(p + n); line += 64) __builtin_prefetch(line, 0, 2);
+}
+// Tokens [from, to) of a document: of a query head what is read and written, or of its keys and values
+template <class T>
+__attribute__((always_inline)) inline void ask_head(const AttendDocument& t, int head, int from, int to) {
+    const size_t at = (size_t)head * t.head_dim, token = (size_t)(t.heads + 2 * t.kv_heads) * t.head_dim, out_token = (size_t)t.heads * t.head_dim;
+    for (int i = from; i < least(to, t.tokens); ++i) {
+        ask((const T*)t.qkv + i * token + at, t.head_dim);
+        ask((const T*)t.out + i * out_token + at, t.head_dim);
+        if (!t.d_qkv) continue;
+        ask((const T*)t.d_out + i * out_token + at, t.head_dim);
+        ask((const T*)t.d_qkv + i * token + at, t.head_dim);
+    }
+}
+template <class T>
+__attribute__((always_inline)) inline void ask_keys(const AttendDocument& t, int from, int to) {
+    const size_t at = (size_t)(t.heads + t.kv_head) * t.head_dim, token = (size_t)(t.heads + 2 * t.kv_heads) * t.head_dim;
+    const size_t v = (size_t)t.kv_heads * t.head_dim;
+    for (int i = from; i < least(to, t.tokens); ++i) {
+        ask((const T*)t.qkv + i * token + at, t.head_dim);
+        ask((const T*)t.qkv + i * token + at + v, t.head_dim);
+        if (!t.d_qkv) continue;
+        ask((const T*)t.d_qkv + i * token + at, t.head_dim);
+        ask((const T*)t.d_qkv + i * token + at + v, t.head_dim);
+    }
 }
 inline void clear(float* p, size_t n) { memset(p, 0, n * sizeof(float)); }
 
 struct Cut {  // what both directions share
-    int n, keys, padded;  // tokens, tokens rounded up, head_dim rounded up
+    int n, keys, padded;  // tokens, tokens rounded up to 64, head_dim rounded up
     size_t token, out_token;  // elements from token to token
     float scale;
     explicit Cut(const AttendDocument& t)
@@ -238,69 +336,70 @@ struct Cut {  // what both directions share
 template <class T>
 void attend(const AttendDocument& t, float* room) {
     const Cut c(t);
-    const int half = t.head_dim / 2;
-    float* kt = room;                                   // [padded][keys]
-    float* v = kt + (size_t)c.padded * c.keys;          // [keys][padded]
-    float* q = v + (size_t)c.padded * c.keys;           // [QUERIES][padded]
-    float* o = q + QUERIES * c.padded;                  // [QUERIES][padded]
-    float* s = o + QUERIES * c.padded;                  // [QUERIES][keys]
-    float* row = s + (size_t)QUERIES * c.keys;          // [padded]
+    const int half = t.head_dim / 2, keys = c.n + TALL;
+    float *k = room, *v = k + (size_t)keys * c.padded;              // [keys][padded]
+    float* q = v + (size_t)keys * c.padded;                         // [QUERIES][padded]
+    float* qt = q + QUERIES * c.padded;                             // [padded][QUERIES]
+    float* o = qt + QUERIES * c.padded;                             // [QUERIES][padded]
+    float* s = o + QUERIES * c.padded;                              // [keys][QUERIES]
+    alignas(64) float top[QUERIES], total[QUERIES];
     const T* k_from = (const T*)t.qkv + (size_t)(t.heads + t.kv_head) * t.head_dim;
     const T* v_from = k_from + (size_t)t.kv_heads * t.head_dim;
-    clear(kt, (size_t)c.padded * c.keys);
     for (int i = 0; i < c.n; ++i) {
-        load_rotated(k_from + i * c.token, t.cosine + (size_t)i * half, t.sine + (size_t)i * half, t.head_dim, c.padded, 1.0f, row);
-        scatter_column(row, c.padded, kt + i, c.keys);
+        const size_t at = (size_t)i * half;
+        load_rotated(k_from + i * c.token, t.cosine + at, t.sine + at, t.head_dim, c.padded, 1.0f, k + (size_t)i * c.padded);
         load_plain(v_from + i * c.token, t.head_dim, c.padded, v + (size_t)i * c.padded);
     }
-    clear(v + (size_t)c.n * c.padded, (size_t)(c.keys - c.n) * c.padded);
+    clear(k + (size_t)c.n * c.padded, (size_t)TALL * c.padded);
     for (int h = t.first; h < t.last; ++h) {
         const T* q_from = (const T*)t.qkv + (size_t)h * t.head_dim;
         T* to = (T*)t.out + (size_t)h * t.head_dim;
         float* lse = t.lse + (size_t)h * t.lse_stride;
+        const bool last = h + 1 == t.last;
+        const AttendDocument* next = last ? t.next : &t;
         for (int i0 = 0; i0 < c.n; i0 += QUERIES) {
-            const int rows = least(QUERIES, c.n - i0), fours = up_to(rows, 4), seen = i0 + QUERIES;
+            const int rows = least(QUERIES, c.n - i0), width = up_to(rows, 16), seen = i0 + rows;
             for (int r = 0; r < rows; ++r) {
                 const size_t i = (size_t)(i0 + r);
                 load_rotated(q_from + i * c.token, t.cosine + i * half, t.sine + i * half, t.head_dim, c.padded, c.scale * LOG2E, q + r * c.padded);
             }
-            clear(q + rows * c.padded, (size_t)(fours - rows) * c.padded);
-            for (int r = 0; r < fours; r += 4) four_rows(q + r * c.padded, c.padded, 1, 0, c.padded, kt, c.keys, seen, s + (size_t)r * c.keys, c.keys, false);
-            for (int r = 0; r < rows; ++r) {
-                float* p = s + (size_t)r * c.keys;
-                const int valid = i0 + r + 1;
-                vf top = set1(-INFINITY);
-                int j = 0;
-                for (; j + W <= valid; j += W) top = maximum(load(p + j), top);
-                if (j < valid) top = maximum(load_first(p + j, valid - j, -INFINITY), top);
-                const float m = largest(top);
-                const vf shift = set1(m);
-                vf total = zero();
-                for (j = 0; j + W <= valid; j += W) {
-                    const vf e = exp2v(sub(load(p + j), shift));
-                    store(p + j, e);
-                    total = add(total, e);
-                }
-                if (j < valid) {
-                    const vf e = exp2v(sub(load_first(p + j, valid - j, -INFINITY), shift));
-                    store(p + j, e);
-                    total = add(total, e);
-                    j += W;
-                }
-                for (; j < seen; j += W) store(p + j, zero());
-                const float z = sum(total);
-                lse[i0 + r] = m + log2f(z);
-                o[r * c.padded] = 1.0f / z;  // kept until the product below, which this row's four start over
+            clear(q + rows * c.padded, (size_t)(width - rows) * c.padded);
+            turn(q, width, c.padded, qt);
+            for (int x = 0; x < width; x += W) {
+                store(top + x, set1(-INFINITY));
+                store(total + x, zero());
             }
-            for (int r = 0; r < fours; r += 4) {
-                float under[4];
-                for (int i = 0; i < 4; ++i) under[i] = r + i < rows ? o[(r + i) * c.padded] : 0.0f;
-                four_rows(s + (size_t)r * c.keys, c.keys, 1, 0, i0 + r + 4, v, c.padded, c.padded, o + r * c.padded, c.padded, false);
-                for (int i = 0; i < 4 && r + i < rows; ++i) {
-                    for (int d = 0; d < t.head_dim; d += W) {
-                        const int n = least(W, t.head_dim - d);
-                        store_part(to + (size_t)(i0 + r + i) * c.out_token + d, n, mul(load(o + (r + i) * c.padded + d), set1(under[i])));
-                    }
+            for (int j = 0; j < seen; j += TALL) {
+                const int from = most(0, j - i0) / 16 * 16;  // queries before it see none of these keys
+                tiles<TALL>(k + (size_t)j * c.padded, c.padded, 1, 0, t.head_dim, qt + from, QUERIES, width - from, s + (size_t)j * QUERIES + from, QUERIES, false);
+                float* some = s + (size_t)j * QUERIES;
+                for (int i = 0; i < TALL; ++i) hide(some + i * QUERIES, j + i - i0, width);
+                for (int x = 0; x < width; x += W) {
+                    vf m = load(top + x);
+                    for (int i = 0; i < TALL; ++i) m = maximum(load(some + i * QUERIES + x), m);
+                    store(top + x, m);
+                }
+                if (next) ask_head<T>(*next, last ? next->first : h + 1, i0 + j, least(i0 + j + TALL, i0 + QUERIES));
+            }
+            for (int j = 0; j < seen; ++j) {
+                float* row = s + (size_t)j * QUERIES;
+                const int first = most(0, j - i0) / W * W;
+                for (int x = 0; x < first; x += W) store(row + x, zero());
+                for (int x = first; x < width; x += W) {
+                    const vf e = exp2v(sub(load(row + x), load(top + x)));
+                    store(row + x, e);
+                    store(total + x, add(load(total + x), e));
+                }
+            }
+            for (int r = 0; r < rows; r += TALL) {
+                tiles<TALL>(s + r, 1, QUERIES, 0, least(i0 + r + TALL, seen), v, c.padded, c.padded, o + r * c.padded, c.padded, false);
+                if (next && last) ask_keys<T>(*next, i0 + r, least(i0 + r + TALL, i0 + QUERIES));
+            }
+            for (int r = 0; r < rows; ++r) {
+                lse[i0 + r] = top[r] + log2f(total[r]);
+                const vf under = set1(1.0f / total[r]);
+                for (int d = 0; d < t.head_dim; d += W) {
+                    store_part(to + (size_t)(i0 + r) * c.out_token + d, least(W, t.head_dim - d), mul(load(o + r * c.padded + d), under));
                 }
             }
         }
@@ -311,78 +410,77 @@ void attend(const AttendDocument& t, float* room) {
 template <class T>
 void attend_backward(const AttendDocument& t, float* room) {
     const Cut c(t);
-    const int half = t.head_dim / 2;
-    const size_t all = (size_t)c.padded * c.keys, some = (size_t)QUERIES * c.padded;
-    float *kt = room, *vt = kt + all;                   // [padded][keys]
-    float *k = vt + all, *dk = k + all, *dv = dk + all; // [keys][padded]
-    float *q = dv + all, *g = q + some, *x = g + some;  // [QUERIES][padded]
-    float *p = x + some, *s = p + (size_t)QUERIES * c.keys;  // [QUERIES][keys]
-    float *row = s + (size_t)QUERIES * c.keys, *delta = row + c.padded;
+    const int half = t.head_dim / 2, keys = c.n + TALL;
+    const size_t all = (size_t)keys * c.padded, some = (size_t)QUERIES * c.padded;
+    float *k = room, *v = k + all, *dk = v + all, *dv = dk + all;         // [keys][padded]
+    float *q = dv + all, *g = q + some, *qt = g + some, *gt = qt + some;  // [QUERIES][padded], and transposed
+    float *x = gt + some, *p = x + some;                                  // [QUERIES][padded], [TALL][QUERIES]
+    float* s = p + TALL * QUERIES;                                        // [keys][QUERIES]
+    alignas(64) float shift[QUERIES], delta[QUERIES];
     const size_t k_at = (size_t)(t.heads + t.kv_head) * t.head_dim, v_at = k_at + (size_t)t.kv_heads * t.head_dim;
     const T* qkv = (const T*)t.qkv;
     T* d_qkv = (T*)t.d_qkv;
-    clear(kt, 2 * all);
     for (int i = 0; i < c.n; ++i) {
         const size_t at = (size_t)i * half;
         load_rotated(qkv + k_at + i * c.token, t.cosine + at, t.sine + at, t.head_dim, c.padded, 1.0f, k + (size_t)i * c.padded);
-        scatter_column(k + (size_t)i * c.padded, c.padded, kt + i, c.keys);
-        load_plain(qkv + v_at + i * c.token, t.head_dim, c.padded, row);
-        scatter_column(row, c.padded, vt + i, c.keys);
+        load_plain(qkv + v_at + i * c.token, t.head_dim, c.padded, v + (size_t)i * c.padded);
     }
-    clear(k + (size_t)c.n * c.padded, (size_t)(c.keys - c.n) * c.padded);
+    clear(k + (size_t)c.n * c.padded, (size_t)TALL * c.padded);
+    clear(v + (size_t)c.n * c.padded, (size_t)TALL * c.padded);
     clear(dk, 2 * all);
     for (int h = t.first; h < t.last; ++h) {
         const size_t q_at = (size_t)h * t.head_dim;
         const float* lse = t.lse + (size_t)h * t.lse_stride;
+        const bool last = h + 1 == t.last;
+        const AttendDocument* next = last ? t.next : &t;
         for (int i0 = 0; i0 < c.n; i0 += QUERIES) {
-            const int rows = least(QUERIES, c.n - i0), fours = up_to(rows, 4), seen = i0 + QUERIES;
+            const int rows = least(QUERIES, c.n - i0), width = up_to(rows, 16), seen = i0 + rows;
             for (int r = 0; r < rows; ++r) {
                 const size_t i = (size_t)(i0 + r);
                 load_rotated(qkv + q_at + i * c.token, t.cosine + i * half, t.sine + i * half, t.head_dim, c.padded, c.scale * LOG2E, q + r * c.padded);
                 load_plain((const T*)t.d_out + q_at + i * c.out_token, t.head_dim, c.padded, g + r * c.padded);
-                load_plain((const T*)t.out + q_at + i * c.out_token, t.head_dim, c.padded, row);
+                const T* out = (const T*)t.out + q_at + i * c.out_token;
                 vf both = zero();
-                for (int d = 0; d < c.padded; d += W) both = fma(load(row + d), load(g + r * c.padded + d), both);
+                for (int d = 0; d < t.head_dim; d += W) both = fma(load_part(out + d, t.head_dim - d), load(g + r * c.padded + d), both);
                 delta[r] = sum(both);
+                shift[r] = lse[i];
             }
-            clear(q + rows * c.padded, (size_t)(fours - rows) * c.padded);
-            clear(g + rows * c.padded, (size_t)(fours - rows) * c.padded);
-            for (int r = 0; r < fours; r += 4) {
-                four_rows(q + r * c.padded, c.padded, 1, 0, c.padded, kt, c.keys, seen, p + (size_t)r * c.keys, c.keys, false);
-                four_rows(g + r * c.padded, c.padded, 1, 0, c.padded, vt, c.keys, seen, s + (size_t)r * c.keys, c.keys, false);
+            clear(q + rows * c.padded, (size_t)(width - rows) * c.padded);
+            clear(g + rows * c.padded, (size_t)(width - rows) * c.padded);
+            clear(delta + rows, (size_t)(width - rows));
+            clear(shift + rows, (size_t)(width - rows));
+            turn(q, width, c.padded, qt);
+            turn(g, width, c.padded, gt);
+            for (int j = 0; j < seen; j += TALL) {
+                const int first = most(0, j - i0), from = first / 16 * 16;  // queries before it see none of these keys
+                const size_t at = (size_t)j * c.padded;
+                float* ds = s + (size_t)j * QUERIES;
+                tiles<TALL>(k + at, c.padded, 1, 0, t.head_dim, qt + from, QUERIES, width - from, p + from, QUERIES, false);
+                tiles<TALL>(v + at, c.padded, 1, 0, t.head_dim, gt + from, QUERIES, width - from, ds + from, QUERIES, false);
+                for (int i = 0; i < TALL; ++i) {
+                    float *pr = p + i * QUERIES, *sr = ds + i * QUERIES;
+                    const int begin = hide(pr, j + i - i0, width);
+                    for (int y = 0; y < begin; y += W) {
+                        store(pr + y, zero());
+                        store(sr + y, zero());
+                    }
+                    for (int y = begin; y < width; y += W) {
+                        const vf e = exp2v(sub(load(pr + y), load(shift + y)));
+                        store(pr + y, e);
+                        store(sr + y, mul(e, sub(load(sr + y), load(delta + y))));
+                    }
+                }
+                tiles<TALL>(ds, QUERIES, 1, first, rows, q, c.padded, c.padded, dk + at, c.padded, true);
+                tiles<TALL>(p, QUERIES, 1, first, rows, g, c.padded, c.padded, dv + at, c.padded, true);
+                if (next) ask_head<T>(*next, last ? next->first : h + 1, i0 + j, least(i0 + j + TALL, i0 + QUERIES));
             }
-            for (int r = 0; r < fours; ++r) {
-                float *pr = p + (size_t)r * c.keys, *sr = s + (size_t)r * c.keys;
-                const int valid = r < rows ? i0 + r + 1 : 0;
-                const vf shift = set1(r < rows ? lse[i0 + r] : 0.0f), less = set1(r < rows ? delta[r] : 0.0f);
-                int j = 0;
-                for (; j + W <= valid; j += W) {
-                    const vf e = exp2v(sub(load(pr + j), shift));
-                    store(pr + j, e);
-                    store(sr + j, mul(e, sub(load(sr + j), less)));
-                }
-                if (j < valid) {
-                    const vf e = exp2v(sub(load_first(pr + j, valid - j, -INFINITY), shift));
-                    store(pr + j, e);
-                    store(sr + j, mul(e, sub(load_first(sr + j, valid - j, 0.0f), less)));
-                    j += W;
-                }
-                for (; j < seen; j += W) {
-                    store(pr + j, zero());
-                    store(sr + j, zero());
-                }
-            }
-            for (int r = 0; r < fours; r += 4) {
-                four_rows(s + (size_t)r * c.keys, c.keys, 1, 0, i0 + r + 4, k, c.padded, c.padded, x + r * c.padded, c.padded, false);
+            for (int r = 0; r < rows; r += TALL) {
+                tiles<TALL>(s + r, 1, QUERIES, 0, least(i0 + r + TALL, seen), k, c.padded, c.padded, x + r * c.padded, c.padded, false);
+                if (next && last) ask_keys<T>(*next, i0 + r, least(i0 + r + TALL, i0 + QUERIES));
             }
             for (int r = 0; r < rows; ++r) {
                 const size_t i = (size_t)(i0 + r);
                 store_unrotated(x + r * c.padded, t.cosine + i * half, t.sine + i * half, t.head_dim, c.scale, d_qkv + q_at + i * c.token);
-            }
-            for (int j = 0; j < i0 + fours; j += 4) {  // keys j to j + 3: rows before j see none of them
-                const int from = most(0, j - i0);
-                four_rows(s + j, 1, c.keys, from, fours, q, c.padded, c.padded, dk + (size_t)j * c.padded, c.padded, true);
-                four_rows(p + j, 1, c.keys, from, fours, g, c.padded, c.padded, dv + (size_t)j * c.padded, c.padded, true);
             }
         }
     }
@@ -390,8 +488,7 @@ void attend_backward(const AttendDocument& t, float* room) {
         const size_t at = (size_t)i * half;
         store_unrotated(dk + (size_t)i * c.padded, t.cosine + at, t.sine + at, t.head_dim, LN2, d_qkv + k_at + i * c.token);
         for (int d = 0; d < t.head_dim; d += W) {
-            const int n = least(W, t.head_dim - d);
-            store_part(d_qkv + v_at + i * c.token + d, n, load(dv + (size_t)i * c.padded + d));
+            store_part(d_qkv + v_at + i * c.token + d, least(W, t.head_dim - d), load(dv + (size_t)i * c.padded + d));
         }
     }
 }
