@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from criadero.artifact import open_artifact
 from criadero.checkpoints import load_model, template_of, tokenizer_of
 from criadero.errors import UserError
 from criadero.run import make
-from criadero.train import task
+from criadero.train import fast, task
 from criadero.train.task import Item, read_task, score
 
 YES = "Yes, we are open on Sundays."
@@ -63,11 +64,59 @@ def test_it_is_in_the_metrics_the_passport_and_the_report(base: Path, tmp_path: 
 def test_of_choices_the_likeliest_a_token_is_taken(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     choices = ["a", "a longer one", "b"]
     asked = items(base, write(tmp_path / "t", {"question": "q", "choices": choices, "answer": "b"}))
-    losses = iter([3.0, 2.0, 1.0])
-    monkeypatch.setattr(task, "_mean_loss", lambda *_: next(losses))
+    monkeypatch.setattr(task, "mean_losses", lambda *_: [3.0, 2.0, 1.0])
     model = load_model(base).train()
     assert score(model, asked, tokenizer_of(base), (), torch.float32) == {"accuracy": 1.0, "questions": 1.0}
     assert model.training
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_choices_are_read_together_as_they_are_alone(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(fast, "obstacle", lambda model: "in a test")
+    monkeypatch.setattr(task, "LENGTH", 64)  # many rows, and several groups of them
+    monkeypatch.setattr(task, "CHUNK", 50)
+    monkeypatch.setattr(task, "ROWS", 3)
+    lines = [
+        {"question": f"q {n}" * (n % 4 + 1), "choices": [f"{n} a" * (n % 5 + 1), "no"], "answer": "no"}
+        for n in range(30)
+    ]
+    asked = items(base, write(tmp_path / "t", *lines))
+    examples = [choice for item in asked for choice in item.choices]
+    model = load_model(base).float().eval()
+    found = task.mean_losses(model, examples, torch.float32)
+    for example, mine in zip(examples, found, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([example.ids]))[0, :-1].log_softmax(-1)
+        each = -logits[range(len(logits)), example.ids[1:]]
+        assert mine == pytest.approx(float(each[torch.tensor(example.loss_mask[1:])].mean()), rel=1e-4)
+    assert task.work(asked, tokenizer_of(base)) == (sum(len(one.ids) for one in examples), 0)
+
+
+def test_a_long_task_is_asked_less_often_and_its_time_is_said(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("criadero.train.sft.measure_speed", lambda *_: 100.0)
+    data = tiny.write_chats(tmp_path / "shop.jsonl", 40)
+    values = {
+        "base": str(base),
+        "data": str(data),
+        "dtype": "float32",
+        "epochs": 5.0,
+        "batch_tokens": 256,
+        "micro_tokens": 256,
+    }
+    short = make("sft", values, tmp_path / "short").passport["step"]["derived"]["eval_every"]
+    capsys.readouterr()
+    file = write(
+        tmp_path / "t.jsonl",
+        *({"question": f"q {n}", "choices": ["a b c", "d e f"], "answer": "a b c"} for n in range(60)),
+    )
+    long = make("sft", values | {"eval_task": str(file)}, tmp_path / "long").passport["step"]
+    assert long["derived"]["eval_every"] == math.ceil(long["steps"] / 2) > short
+    assert " s of measuring" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -227,9 +227,10 @@ def _question(chat: Sequence[Message]) -> str:
 def show(
     report: Report, tokenizer: Tokenizer, example: Example, *, base: str, method: str, trained: int, total: int, steps: int,
     tokens: int, epochs: float, batch_tokens: int, memory: Needs, speed: float, why: str, code: str, lr: float,
-    rule: str,
+    rule: str, measuring: float = 0.0,
 ) -> None:  # fmt: skip
-    """Print the pre-flight to standard error. ``why``: the dtype and its reason; ``code``: which code computes."""
+    """Print the pre-flight to standard error. ``why``: the dtype and its reason; ``code``: which code computes;
+    ``measuring``: what is measured beside the training, as tokens that are trained on."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def line(name: str, value: str) -> None:
@@ -277,5 +278,6 @@ def show(
     line("ending", rule)
     line("computing", f"{why}, with {code}; {counted(torch.get_num_threads(), 'thread')}")
     line("memory", f"about {memory.words()}")
-    line("time", f"about {tokens / speed:,.0f} s at {speed:,.0f} tokens/s")
+    beside = f", and {measuring / speed:,.0f} s of measuring" if measuring / speed >= 1 else ""
+    line("time", f"about {tokens / speed:,.0f} s at {speed:,.0f} tokens/s{beside}")
     sys.stderr.flush()

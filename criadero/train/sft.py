@@ -51,7 +51,7 @@ from criadero.train.preflight import Report, check, fitted, measure_speed, piece
 from criadero.train.pretrain import describe
 from criadero.train.progress import say
 from criadero.train.report import Comparison, write_report
-from criadero.train.task import read_task, score
+from criadero.train.task import read_task, score, work
 from criadero.train.track import HELP, Tracker, check_tracker, tracker
 
 ROW = 256  # tokens in a packed row, or as many as the longest chat: attention is quadratic in it
@@ -61,6 +61,7 @@ LR = {"lora": 1.28, "qlora": 1.28, "dora": 1.28, "full": 0.082}
 INT8_METHODS = ("lora", "qlora")
 INT8_AUTO = True  # where it is fast: held-out losses change far less than between seeds (docs/log.md)
 MEASURES = 10  # held-out losses in a run
+GENERATED = 10  # tokens that are trained on in the time of one that is generated
 MEASURING = 0.1  # of the time of training, at most, where that leaves two of them
 QUESTIONS = 6  # compared in the report
 SHORT = 40  # tokens of an answer on the way
@@ -285,7 +286,9 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
         epochs = recipe.epochs or min(max(math.ceil(200 * micro / batches.steps_per_epoch), 3), 30)
         steps = max(1, math.ceil(epochs * batches.steps_per_epoch / micro))
         evaluation = example_batches(prepared.held_out, length, rows, pad, dtype, device)
-        every = recipe.eval_every or measure_every(steps, epochs * prepared.report.tokens, prepared.held_out)
+        read, written = work(task, tokenizer)
+        each = (sum(len(example.ids) for example in prepared.held_out) + read) / 3 + GENERATED * written
+        every = recipe.eval_every or measure_every(steps, epochs * prepared.report.tokens, each)
         rule = ending(every if evaluation else 0, recipe.patience)
         asked = (
             choose(prepared.kept_apart, tokenizer, template, context, max(QUESTIONS, recipe.samples))
@@ -310,6 +313,7 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
             total=config.parameters(), steps=steps, tokens=int(epochs * prepared.report.tokens),
             epochs=epochs, batch_tokens=batch_tokens, memory=memory, speed=speed, why=why,
             code=", ".join(filter(None, (fast.describe(model), how))), lr=lr, rule=rule[0],
+            measuring=each * (2 + math.ceil(steps / every)) if evaluation or task else 0.0,
         )  # fmt: skip
         before = held_out_loss(model, evaluation)
         if evaluation and not math.isfinite(before["loss"]):
@@ -447,10 +451,9 @@ def _rows(recipe: SftRecipe, prepared: Prepared, length: int) -> int:
     return max(1, min(recipe.micro_tokens, _step_tokens(recipe, prepared)) // length)
 
 
-def measure_every(steps: int, tokens: float, held_out: Sequence[Example]) -> int:
-    """Steps between held-out losses: `MEASURES` in a run, or so many as take `MEASURING` of its time, but at least two. A loss
-    costs a third of a step on the same tokens."""
-    each = sum(len(example.ids) for example in held_out) / 3
+def measure_every(steps: int, tokens: float, each: float) -> int:
+    """Steps between held-out losses (and what is asked beside them): `MEASURES` in a run, or so many as take `MEASURING` of its time, but
+    at least two. ``each``: what one takes, as tokens that are trained on; reading one takes a third of training on it."""
     count = min(MEASURES, max(2, int(MEASURING * tokens / max(1, each))))
     return max(1, math.ceil(steps / count))
 

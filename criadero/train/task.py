@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from criadero.chat import Example, Template, render
 from criadero.errors import UserError
 from criadero.model import Llama
 from criadero.tokenizer import Tokenizer
 from criadero.train.answers import ROOM, Asked, answers
-from criadero.train.batches import rows_to_batch
-from criadero.train.loss import next_token_loss
+from criadero.train.batches import IGNORE, pack_examples, rows_to_batch
+from criadero.train.loss import CHUNK, learned_rows
+
+LENGTH, ROWS = 256, 8  # of the packed rows in which choices are read, or as long as the longest; and how many at once
 
 
 @dataclass(frozen=True)
@@ -93,18 +96,39 @@ def score(
     longest = max((len(tokenizer.encode(item.asked.reference)) for item in in_words), default=0) + 4
     said = answers(model, [item.asked for item in in_words], tokenizer, ends, longest)
     right = sum(_plain(a) == _plain(item.asked.reference) for a, item in zip(said, in_words, strict=True))
-    for item in items:
-        if item.choices:
-            losses = [_mean_loss(model, choice, dtype) for choice in item.choices]
-            right += losses.index(min(losses)) == item.right
+    asked = [item for item in items if item.choices]
+    losses = iter(mean_losses(model, [choice for item in asked for choice in item.choices], dtype))
+    for item in asked:
+        each = [next(losses) for _ in item.choices]
+        right += each.index(min(each)) == item.right
     model.train(was)
     return {"accuracy": right / len(items), "questions": float(len(items))}
 
 
-def _mean_loss(model: Llama, example: Example, dtype: torch.dtype) -> float:
-    batch = rows_to_batch([[example]], len(example.ids), 0, dtype, str(model.lm_head.weight.device))
-    loss, count, _ = next_token_loss(model, batch)
-    return float(loss) / max(1, count)
+def work(items: Sequence[Item], tokenizer: Tokenizer) -> tuple[int, int]:
+    """What asking takes: tokens that are read, and tokens that are generated at most."""
+    words = [len(tokenizer.encode(item.asked.reference)) + 4 for item in items if not item.choices]
+    return sum(len(choice.ids) for item in items for choice in item.choices), max(words, default=0) * len(words)
+
+
+@torch.no_grad()
+def mean_losses(model: Llama, examples: Sequence[Example], dtype: torch.dtype) -> list[float]:
+    """The mean loss in nats a learned token of each example, read together in packed rows."""
+    length = max([LENGTH, *(len(example.ids) for example in examples)])
+    packed, weight = pack_examples([len(example.ids) for example in examples], length), model.lm_head.weight
+    found = [0.0] * len(examples)
+    for start in range(0, len(packed), ROWS):
+        rows = packed[start : start + ROWS]
+        batch = rows_to_batch([[examples[i] for i in row] for row in rows], length, 0, dtype, str(weight.device))
+        aims = batch.targets[batch.targets != IGNORE]  # [M]
+        hidden = learned_rows(model, batch)  # [M, D]
+        parts = zip(hidden.split(CHUNK), aims.split(CHUNK), strict=True)
+        losses = torch.cat([F.cross_entropy((h @ weight.T).float(), aim, reduction="none") for h, aim in parts])
+        order = [i for row in rows for i in row]
+        counts = [sum(examples[i].loss_mask[1:]) for i in order]
+        for i, part in zip(order, losses.split(counts), strict=True):
+            found[i] = float(part.mean())
+    return found
 
 
 def _plain(text: str) -> str:
