@@ -77,7 +77,7 @@ def test_concurrency_is_bounded() -> None:
         assert server.most_at_once == 2
 
 
-def test_tries_again_and_obeys_retry_after(naps: list[float]) -> None:
+def test_tries_again_and_obeys_retry_after(naps: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     script = [(429, {"Retry-After": "7"}, b"{}"), (503, {}, b"busy"), "yes"]
     with scripted_teacher(lambda _, n: script[n]) as server:
         teacher = open_teacher(fields(server.url))
@@ -85,6 +85,9 @@ def test_tries_again_and_obeys_retry_after(naps: list[float]) -> None:
     assert naps[0] == 7
     assert 1 <= naps[1] <= 3, "the second wait is about two seconds, with a random part"
     assert teacher.counts["tried_again"] == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2, "once of a kind: busy, and a server's error"
+    assert all(line.endswith(f"tried again, at most {module.TRIES} times a request") for line in said)
 
 
 def test_gives_up_on_one_and_keeps_the_others(naps: list[float]) -> None:
@@ -130,7 +133,7 @@ def test_rubbish_is_counted_and_then_enough(reply: Any, naps: list[float]) -> No
     assert not naps, "what was answered wrongly may have been charged: it is not asked for again at once"
 
 
-def test_timeout_is_whole_even_when_bytes_drip(naps: list[float]) -> None:
+def test_timeout_is_whole_even_when_bytes_drip(naps: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     release = threading.Event()
 
     def hang(*_: Any) -> str:
@@ -142,6 +145,7 @@ def test_timeout_is_whole_even_when_bytes_drip(naps: list[float]) -> None:
         found = teacher.answer([ask("a", max_tokens=10)])[0]
         release.set()
         assert found.problem == "timeout"
+        assert capsys.readouterr().err.count("no answer within 0.05 s; tried again") == 1
         # each of the tries may have been charged
         assert teacher.cost == pytest.approx(module.TRIES * (ask("a").most_prompt_tokens + 10) / 1e6)
 

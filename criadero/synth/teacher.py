@@ -140,6 +140,7 @@ class Teacher:
         self.paid = 0.0  # in this run
         self._used: dict[str, Answer] = {}
         self._change = threading.Condition()
+        self._told: set[str] = set()  # why requests were tried again
         self._written = False
 
     @property
@@ -245,6 +246,9 @@ class Teacher:
                     return Answer("", problem=error.reason)
                 with self._change:
                     self.counts["tried_again"] += 1
+                    told, self._told = error.reason in self._told, self._told | {error.reason}
+                if not told:  # once of a kind: tries with long waits between them would look like a run that hangs
+                    say(f"{self.name}: {error}; tried again, at most {TRIES} times a request")
                 # twice as long each time, and never two clients in step
                 _sleep(error.wait if error.wait is not None else min(2.0**attempt, 30) * (0.5 + random.random()))
         with self._change:
