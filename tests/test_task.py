@@ -61,6 +61,36 @@ def test_it_is_in_the_metrics_the_passport_and_the_report(base: Path, tmp_path: 
     assert "67 %" in page
 
 
+def test_several_tasks_are_counted_by_themselves_too(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tiny.write_chats(tmp_path / "shop.jsonl", 40)
+    file = write(
+        tmp_path / "task.jsonl",
+        {"question": "Question 3?", "answer": YES, "task": "open"},
+        {"question": "Question 5?", "answer": "No.", "task": "<closed>"},
+        {"question": "Question 7?", "choices": ["xq zv", YES], "answer": YES, "task": "open"},
+        {"question": "Question 9?", "answer": "No."},
+    )
+    values = {"base": str(base), "data": str(data), "eval_task": str(file), "dtype": "float32", "epochs": 5.0}
+    made = make("sft", values | {"batch_tokens": 256, "micro_tokens": 256, "lr": 2e-2}, tmp_path / "out")
+    said = capsys.readouterr().err
+    assert "of 4 questions right before, 50% after" in said
+    assert "task open: " in said
+    assert " of 2 questions right before, 100% after" in said
+    line = json.loads((made.path / "metrics.jsonl").read_text().splitlines()[-1])["task"]
+    assert line == {
+        "accuracy": 0.5, "questions": 4.0, "open": {"accuracy": 1.0, "questions": 2.0},
+        "<closed>": {"accuracy": 0.0, "questions": 1.0},
+    }  # fmt: skip
+    shares = {(m["suite"], m["slice"]): float(m["value"]) for m in made.metrics if m["suite"].startswith("task")}
+    assert shares["task open", "after"] == 1.0
+    assert shares["task", "after"] == 0.5
+    page = (made.path / "report.html").read_text()
+    assert "<dt>open</dt>" in page
+    assert "<dt>&lt;closed&gt;</dt>" in page
+
+
 def test_of_choices_the_likeliest_a_token_is_taken(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     choices = ["a", "a longer one", "b"]
     asked = items(base, write(tmp_path / "t", {"question": "q", "choices": choices, "answer": "b"}))
@@ -127,6 +157,8 @@ def test_a_long_task_is_asked_less_often_and_its_time_is_said(
         ({"question": "q"}, "line 2: an object with question, answer"),
         ({"question": "q", "answer": "a", "choice": ["a"]}, "and nothing else"),
         ({"question": 3, "answer": "a"}, "the question must be text"),
+        ({"question": "q", "answer": "a", "task": 3}, "task must be a name"),
+        ({"question": "q", "answer": "a", "task": "accuracy"}, "task must be a name .* none of accuracy"),
         ({"question": "q", "answer": " "}, "the answer must be text, and not empty"),
         ({"question": "q", "answer": ["a"]}, "the answer must be text"),
         ({"question": "q", "answer": "c", "choices": ["a", "b"]}, "one of at least two different choices"),

@@ -58,7 +58,7 @@ class Plan:
 def train(
     model: Llama, optimizer: Optimizer, batch_at: Callable[[int], Batch], loss: Loss, plan: Plan, folder: Path, *,
     evaluate: Callable[[], dict[str, Any]] | None = None, sample: Callable[[], list[str]] | None = None,
-    task: Callable[[], dict[str, float]] | None = None, track: Callable[[dict[str, Any]], None] | None = None,
+    task: Callable[[], dict[str, Any]] | None = None, track: Callable[[dict[str, Any]], None] | None = None,
     about: dict[str, Any] | None = None, label: str = "training",
     name_batch: Callable[[int], str] = lambda n: f"batch {n + 1}",
 ) -> dict[str, Any]:  # fmt: skip

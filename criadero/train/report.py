@@ -44,6 +44,7 @@ class Comparison:
     derived: Mapping[str, Any] = field(default_factory=dict)
     task: Sequence[float] = ()  # part of the task's questions that was right, before and after
     questions: int = 0
+    tasks: Mapping[str, Sequence[float]] = field(default_factory=dict)  # the same of each, where there are several
     planned: int = 0  # steps, of which a run that ends early makes fewer
 
 
@@ -145,6 +146,14 @@ def _figures(said: Comparison) -> str:
              f"{_fixed(100 * said.task[0], 0)} % <span class='to'>→</span> {_fixed(100 * said.task[-1], 0)} %",
              f"{_both('of', 'de')} {_number(said.questions)} {_both('questions', 'preguntas')}")
         )  # fmt: skip
+        for name, shares in said.tasks.items():
+            cards.append(
+                (
+                    escape(name),
+                    f"{_fixed(100 * shares[0], 0)} % <span class='to'>→</span> {_fixed(100 * shares[-1], 0)} %",
+                    "",
+                )
+            )
     made = int(last.get("step", 0))
     about = [f"{_both('kept: step', 'se guarda el')} {_number(said.best_step)}"] if said.best_step else []
     if made < said.planned:

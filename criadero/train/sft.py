@@ -51,7 +51,7 @@ from criadero.train.preflight import Report, check, fitted, measure_speed, piece
 from criadero.train.pretrain import describe
 from criadero.train.progress import say
 from criadero.train.report import Comparison, write_report
-from criadero.train.task import read_task, score, work
+from criadero.train.task import names, read_task, score, work
 from criadero.train.track import HELP, Tracker, check_tracker, tracker
 
 ROW = 256  # tokens in a packed row, or as many as the longest chat: attention is quadratic in it
@@ -162,7 +162,8 @@ class SftRecipe:
     eval_task: str | None = field(
         default=None,
         metadata={
-            "help": "a .jsonl file of questions with one right answer, or with choices, asked at each held-out loss: the part that is right"
+            "help": "a .jsonl file of questions with one right answer, or with choices, perhaps of several tasks, asked at each held-out loss: "
+            "the part that is right"
         },
     )
     samples: int = field(default=2, metadata={"help": "held-out questions answered at each of them"})
@@ -325,7 +326,7 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
         apart = [mean_divergence(model, taught, lesson.temperature)] if lesson else []
         answers_before = answers(model, asked, tokenizer, _listed(ends))
 
-        def right() -> dict[str, float]:
+        def right() -> dict[str, Any]:
             return score(model, task, tokenizer, _listed(ends), dtype)
 
         tasks = [right()] if task else []
@@ -382,12 +383,21 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
             ]
         if task:
             tasks.append(right())
-            shares = [one["accuracy"] for one in tasks]
-            say(f"task: {shares[0]:.0%} of {len(task)} questions right before, {shares[1]:.0%} after")
-            draft.metrics += [
-                {"suite": "task", "metric": "accuracy", "slice": name, "value": value, "n": len(task)}
-                for name, value in zip(("before", "after"), shares, strict=True)
-            ]
+            shares = {"": [one["accuracy"] for one in tasks]}
+            shares |= {name: [one[name]["accuracy"] for one in tasks] for name in names(task)}
+            for name, (was, now) in shares.items():
+                count = sum(item.task == name or not name for item in task)
+                say(f"task{' ' if name else ''}{name}: {was:.0%} of {count} questions right before, {now:.0%} after")
+                draft.metrics += [
+                    {
+                        "suite": f"task {name}".strip(),
+                        "metric": "accuracy",
+                        "slice": when,
+                        "value": value,
+                        "n": count,
+                    }
+                    for when, value in (("before", was), ("after", now))
+                ]
         answers_after = answers(model, asked, tokenizer, _listed(ends))
         if evaluation:
             kept = f"; step {done['best_step']} is kept" if done["best_step"] not in (0, done["steps"]) else ""
@@ -432,6 +442,7 @@ def sft(recipe: SftRecipe, out: Path, *, overwrite: bool = False, resume: bool =
                 answers_before=answers_before, answers_after=answers_after, counts=vars(prepared.report),
                 languages=prepared.report.languages, licence=licence, example=pieces(tokenizer, prepared.train[0]),
                 settings=places.told(_given(recipe)), task=[one["accuracy"] for one in tasks], questions=len(task), planned=steps,
+                tasks={name: [one[name]["accuracy"] for one in tasks] for name in names(task)},
                 derived=derived | {"dtype": str(dtype).removeprefix("torch.")},
             ),
         )  # fmt: skip

@@ -2,7 +2,8 @@
 
 One JSON object a line: ``{"question": ..., "answer": ...}``, or with ``"choices": [...]``. Without choices the model answers, greedily, and
 is right when that is the answer, blanks, case and a full stop at the end aside. With them it is right when the choice that is the answer
-has the lowest mean loss a token of all, each read as the assistant's turn.
+has the lowest mean loss a token of all, each read as the assistant's turn. ``"task": NAME`` in a line makes it part of one of several
+tasks, which are counted by themselves too.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from criadero.train.answers import ROOM, Asked, answers
 from criadero.train.batches import IGNORE, pack_examples, rows_to_batch
 from criadero.train.loss import CHUNK, learned_rows
 
+RESERVED = ("accuracy", "questions")  # what stands beside the names in a measurement
 LENGTH, ROWS = 256, 8  # of the packed rows in which choices are read, or as long as the longest; and how many at once
 
 
@@ -34,6 +36,7 @@ class Item:
     asked: Asked
     choices: tuple[Example, ...] = ()
     right: int = 0
+    task: str = ""  # of which it is a part
 
 
 def read_task(path: Path, tokenizer: Tokenizer, template: Template | None, context: int) -> list[Item]:
@@ -63,9 +66,13 @@ def _item(line: str, where: str, tokenizer: Tokenizer, template: Template, conte
     except ValueError:
         raise UserError(f"{where}: not JSON; each line is an object with a question and an answer") from None
     keys = read.keys() if isinstance(read, dict) else set()
-    if not {"question", "answer"} <= keys <= {"question", "answer", "choices"}:
-        raise UserError(f"{where}: an object with question, answer and perhaps choices is needed, and nothing else")
-    question, answer, choices = read["question"], read["answer"], read.get("choices", [])
+    if not {"question", "answer"} <= keys <= {"question", "answer", "choices", "task"}:
+        raise UserError(
+            f"{where}: an object with question, answer and perhaps choices and task is needed, and nothing else"
+        )
+    question, answer, choices, task = read["question"], read["answer"], read.get("choices", []), read.get("task", "")
+    if not isinstance(task, str) or len(task) > 40 or task in RESERVED:
+        raise UserError(f"{where}: task must be a name of at most 40 letters, and none of {', '.join(RESERVED)}")
     if not isinstance(question, str) or not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
         raise UserError(f"{where}: the question must be text, and the choices a list of texts")
     if "choices" in keys and (len(choices) < 2 or choices.count(answer) != 1):
@@ -82,27 +89,36 @@ def _item(line: str, where: str, tokenizer: Tokenizer, template: Template, conte
         raise UserError(
             f"{where}: {longest} tokens with the answer, and the context is {context}; shorten the question"
         )
-    return Item(asked, read_as, choices.index(answer) if choices else 0)
+    return Item(asked, read_as, choices.index(answer) if choices else 0, task)
 
 
 @torch.no_grad()
 def score(
     model: Llama, items: Sequence[Item], tokenizer: Tokenizer, ends: Sequence[int], dtype: torch.dtype
-) -> dict[str, float]:
-    """``{"accuracy": part that is right, "questions": count}``."""
+) -> dict[str, Any]:
+    """``{"accuracy": part that is right, "questions": count}``, and such a table by name for each of several tasks."""
     was = model.training
     model.eval()
     in_words = [item for item in items if not item.choices]
     longest = max((len(tokenizer.encode(item.asked.reference)) for item in in_words), default=0) + 4
     said = answers(model, [item.asked for item in in_words], tokenizer, ends, longest)
-    right = sum(_plain(a) == _plain(item.asked.reference) for a, item in zip(said, in_words, strict=True))
-    asked = [item for item in items if item.choices]
-    losses = iter(mean_losses(model, [choice for item in asked for choice in item.choices], dtype))
-    for item in asked:
+    in_words_right = iter([_plain(a) == _plain(item.asked.reference) for a, item in zip(said, in_words, strict=True)])
+    losses = iter(mean_losses(model, [choice for item in items for choice in item.choices], dtype))
+    right: list[bool] = []
+    for item in items:
         each = [next(losses) for _ in item.choices]
-        right += each.index(min(each)) == item.right
+        right.append(each.index(min(each)) == item.right if each else next(in_words_right))
     model.train(was)
-    return {"accuracy": right / len(items), "questions": float(len(items))}
+    parts = {"": right} | {
+        name: [yes for yes, item in zip(right, items, strict=True) if item.task == name] for name in names(items)
+    }
+    found = {name: {"accuracy": sum(part) / len(part), "questions": float(len(part))} for name, part in parts.items()}
+    return {**found.pop(""), **found}
+
+
+def names(items: Sequence[Item]) -> list[str]:
+    """The tasks that the questions are parts of, in their order."""
+    return [name for name in dict.fromkeys(item.task for item in items) if name]
 
 
 def work(items: Sequence[Item], tokenizer: Tokenizer) -> tuple[int, int]:
