@@ -162,8 +162,8 @@ class SftRecipe:
     eval_task: str | None = field(
         default=None,
         metadata={
-            "help": "a .jsonl file of questions with one right answer, or with choices, perhaps of several tasks, asked at each held-out loss: "
-            "the part that is right"
+            "help": "a .jsonl file of questions with one right answer, or with choices, perhaps of several tasks, asked at each "
+            "held-out loss: the part that is right"
         },
     )
     samples: int = field(default=2, metadata={"help": "held-out questions answered at each of them"})
