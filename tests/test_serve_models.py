@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import socket
 import threading
 from pathlib import Path
@@ -13,6 +14,8 @@ from serving import MODEL, Live, serving, wait_for
 from test_engine_adapters import make
 
 from criadero import cli
+from criadero.artifact import create
+from criadero.checkpoints import weights_sample
 from criadero.engine.llm import LLM
 from criadero.serve.errors import ApiError
 from criadero.serve.models import Pool
@@ -190,6 +193,10 @@ def test_what_the_verb_refuses(
     (tmp_path / "a b").mkdir()
     assert "letters, digits" in refused(capsys, str(tiny.base(tmp_path / "a b" / "x y")), *free)
     assert "passport" in refused(capsys, str(places / "base"), *free, "--require-passport")
+    with create(tmp_path / "sealed", kind="adapter", config={}) as draft:
+        shutil.copytree(places / "one", draft.path, dirs_exist_ok=True)
+        draft.model["base_sample"] = weights_sample(places / "other")
+    assert "was made on other weights than" in refused(capsys, str(tmp_path / "sealed"), *free)
     monkeypatch.setenv("CRIADERO_API_KEY", "short")
     assert "shorter than" in refused(capsys, str(places / "base"), *free)
 

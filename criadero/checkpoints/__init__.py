@@ -228,7 +228,7 @@ def check_base(folder: Path, base: Path) -> None:
     sample = (passport.get("model") or {}).get("base_sample") if passport else None
     if sample and sample != weights_sample(base):
         raise UserError(
-            f"{folder}: this adapter was made on other weights than {base} has now: bring those back, or tune again"
+            f"{folder}: this adapter was made on other weights than {base.resolve()} has now: bring those back, or tune again"
         )
 
 
@@ -241,8 +241,9 @@ def adapter_base(folder: Path) -> Path:
     try:
         found = near if near.exists() else resolve(base)
     except UserError as error:
+        why = f"nothing at {near.resolve()}" if base.startswith(".") else str(error)
         raise UserError(
-            f"{folder}: the base of this adapter is not here: {error}; put it back there, or say in {ADAPTER} where it is "
+            f"{folder}: the base of this adapter is not here ({why}): put it back there, or say in {ADAPTER} where it is "
             "(base_model_name_or_path)"
         ) from None
     if found.resolve() == folder.resolve():

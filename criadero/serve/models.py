@@ -24,7 +24,7 @@ from typing import Any
 
 from criadero.artifact import read_passport, resolve
 from criadero.chat import Template
-from criadero.checkpoints import ADAPTER, adapter_base, template_of
+from criadero.checkpoints import ADAPTER, adapter_base, check_base, template_of
 from criadero.checkpoints.adapter_file import alone, beside_a_base
 from criadero.engine import fit
 from criadero.engine.llm import LLM
@@ -153,6 +153,8 @@ class Pool:
             log.info(
                 "%s: this adapter %s: it is a model of its own here, with memory for all of its weights", ref, more
             )
+        if adapter:  # now, not in the first request
+            check_base(path, adapter_base(path))
         if adapter and not more:
             base = self.add(str(adapter_base(path)))
             entry = Entry(name, path, base.body, adapter=True, base=base.name, end_ids=_end_ids(path))
