@@ -25,7 +25,7 @@ def parameters(seed: int = 0) -> list[tuple[str, nn.Parameter]]:
 def give_gradients(named: list[tuple[str, nn.Parameter]], seed: int, scale: float = 1.0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for _, parameter in named:
-        parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
+        parameter.grad = (scale * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype)
 
 
 def test_adamw_equals_torchs() -> None:
@@ -231,3 +231,50 @@ def test_short_runs_always_learn_something(schedule: str, steps: int) -> None:
     for warmup in (0.0, 0.02, 0.5, 1.0):
         rates = course(schedule, steps, warmup=warmup)
         assert all(0 < rate <= 1 for rate in rates), (warmup, rates)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["adamw", "muon"])
+def test_the_compiled_kernels_step_as_the_loop_does(method: str, dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"model.layers.0.a": (300, 70), "model.layers.0.b": (1, 1), "norm": (33,), "head": (129, 131)}
+    start = {name: torch.randn(shape, generator=draw).to(dtype) for name, shape in shapes.items()}
+    sides = []
+    for kernels in (False, True):
+        named = [(name, nn.Parameter(value.clone())) for name, value in start.items()]
+        scales = {"head": 4.0}
+        sides.append((named, Optimizer(named, method=method, weight_decay=0.1, scales=scales, kernels=kernels)))
+    for step in range(5):
+        norms = []
+        for named, optimizer in sides:
+            give_gradients(named, step)
+            if step == 3:  # a tensor that has moved is found again
+                named[3][1].data = named[3][1].data.clone()
+            optimizer.collect()
+            norms.append(optimizer.step(1e-2, divide_by=7, clip=1.0))
+        assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+    (named, loop), (others, compiled) = sides
+    state, theirs = loop.state(), compiled.state()
+    assert state.keys() == theirs.keys()
+    for name in state:
+        torch.testing.assert_close(state[name], theirs[name], rtol=1e-5, atol=1e-7)
+    assert all(not grad.any() for grad in compiled.grads.values())
+    assert all(torch.equal(p, compiled.masters[name].to(dtype)) for name, p in others)
+    if dtype == torch.float32:
+        for (_, one), (_, other) in zip(named, others, strict=True):
+            torch.testing.assert_close(one.data, other.data, rtol=1e-5, atol=1e-7)
+
+
+def test_the_number_of_threads_changes_no_bit_of_a_step() -> None:
+    sides = []
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        named = [(name, nn.Parameter(torch.ones(200, 300))) for name in "ab"]
+        optimizer = Optimizer(named, method="adamw", weight_decay=0.1)
+        give_gradients(named, 0)
+        optimizer.collect()
+        sides.append((optimizer.step(1e-2, divide_by=3, clip=1.0), optimizer.state()))
+    torch.set_num_threads(before)
+    assert sides[0][0] == sides[1][0]
+    assert all(torch.equal(sides[0][1][name], sides[1][1][name]) for name in sides[0][1])

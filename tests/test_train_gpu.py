@@ -309,7 +309,14 @@ def test_compiled_blocks(kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
 def test_fused_adamw_is_ours(dtype: torch.dtype) -> None:
     models = [tiny.model(dtype=dtype), tiny.model(dtype=dtype)]
     ours, fused = (
-        Optimizer(m.named_parameters(), method="adamw", weight_decay=0.1, scales={"lm_head.weight": 4.0}, fused=on)
+        Optimizer(
+            m.named_parameters(),
+            method="adamw",
+            weight_decay=0.1,
+            scales={"lm_head.weight": 4.0},
+            fused=on,
+            kernels=False,
+        )
         for m, on in zip(models, (False, True), strict=True)
     )
     for step in range(5):

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
+
+from criadero.kernels import native
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of Muon (K. Jordan, 2024)
 
@@ -41,8 +44,10 @@ class Optimizer:
     def __init__(
         self, parameters: Iterable[tuple[str, nn.Parameter]], *, method: str, weight_decay: float,
         betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, momentum: float = 0.95,
-        scales: dict[str, float] | None = None, fused: bool | None = None,
+        scales: dict[str, float] | None = None, fused: bool | None = None, kernels: bool | None = None,
     ) -> None:  # fmt: skip
+        """``scales``: factors on the learning rate by name. ``fused``: AdamW by PyTorch's fused kernel, by default on a GPU;
+        ``kernels``: by the compiled ones, by default on a CPU where there are some. With neither the loop in `step` computes it."""
         self.parameters = dict(parameters)
         self.weight_decay, self.betas, self.eps, self.momentum = weight_decay, betas, eps, momentum
         self.scales = scales or {}  # learning-rate factor by parameter name, 1.0 when absent
@@ -57,6 +62,14 @@ class Optimizer:
         on_gpu = any(p.device.type == "cuda" for p in self.parameters.values())
         # AdamW in one kernel for many tensors, and a norm that waits for the GPU once
         self.fused = on_gpu if fused is None else fused
+        if kernels is None:
+            plain = all(
+                p.device.type == "cpu" and p.is_contiguous() and p.dtype in (torch.float32, torch.bfloat16)
+                for p in self.parameters.values()
+            )
+            kernels = plain and not self.fused and hasattr(getattr(native(), "train", None), "AdamW")
+        self.kernels = kernels
+        self._compiled: tuple[list[int], Any] = [], None  # where the tensors lay, and what the kernels know of them
 
     def collect(self) -> None:
         """Add every ``.grad`` to the float32 sums and clear it."""
@@ -70,7 +83,9 @@ class Optimizer:
         """One update with the summed gradients divided by ``divide_by`` and clipped to norm ``clip``; returns the norm before
         clipping. A gradient that is not finite raises ``FloatingPointError`` and changes nothing."""
         sums = list(self.grads.values())
-        if self.fused:
+        if self.kernels and not self.muon:
+            norm = self._known()[1].norm(torch.get_num_threads()) / divide_by
+        elif self.fused:
             norm = float(torch.stack(torch._foreach_norm(sums)).norm()) / divide_by
         else:
             norm = math.sqrt(sum(float(g.square().sum()) for g in sums)) / divide_by
@@ -79,7 +94,9 @@ class Optimizer:
         factor = min(1.0, clip / (norm + 1e-6)) / divide_by if clip > 0 else 1.0 / divide_by
         self.steps += 1
         beta1, beta2 = self.betas
-        done = self._fused_adamw(lr, factor) if self.fused else set()
+        done = (
+            self._fused_adamw(lr, factor) if self.fused else self._compiled_adamw(lr, factor) if self.kernels else set()
+        )
         correct1, correct2 = 1 - beta1**self.steps, 1 - beta2**self.steps
         for name, master in self.masters.items():
             if name in done:
@@ -102,6 +119,26 @@ class Optimizer:
             self.parameters[name].copy_(master)
             grad.zero_()
         return norm
+
+    def _known(self) -> tuple[list[str], Any]:
+        """The names of the tensors that AdamW has, and the kernels' object over them, made again when one of them has moved."""
+        names = [name for name in self.masters if name not in self.muon]
+        parts = [self.masters, self.first, self.second, self.grads, self.parameters]
+        at = [part[name].data_ptr() for part in parts for name in names]
+        if at != self._compiled[0]:
+            module = native()
+            assert module is not None
+            made = module.train.AdamW(*([part[name].detach() for name in names] for part in parts))
+            self._compiled = at, made
+        return names, self._compiled[1]
+
+    def _compiled_adamw(self, lr: float, factor: float) -> set[str]:
+        """The step of every tensor that AdamW has, in one pass over each by the compiled kernels; their names."""
+        names, known = self._known()
+        rates = [lr * self.scales.get(name, 1.0) for name in names]
+        decays = [self.weight_decay if self.masters[name].ndim == 2 else 0.0 for name in names]
+        known.step(rates, decays, factor, *self.betas, self.eps, self.steps, torch.get_num_threads())
+        return set(names)
 
     def _fused_adamw(self, lr: float, factor: float) -> set[str]:
         """The step of every tensor that AdamW has, by PyTorch's fused kernel; their names. Rounds otherwise than the loop in `step`."""

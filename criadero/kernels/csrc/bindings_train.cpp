@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cmath>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -375,6 +376,59 @@ void frozen_backward(const Rows& dy_, const WeightList& weights, const std::opti
     run_products(threads, {p});
 }
 
+using FlatFloats = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
+using FlatAny = nb::ndarray<nb::c_contig, nb::device::cpu>;
+
+// The tensors of an optimizer, checked once: steps follow each other by the thousand
+struct PyAdamW {
+    std::vector<FlatFloats> masters, firsts, seconds, grads;  // kept alive
+    std::vector<FlatAny> parameters;
+    std::vector<AdamTensor> tensors;
+
+    PyAdamW(std::vector<FlatFloats> masters_, std::vector<FlatFloats> firsts_, std::vector<FlatFloats> seconds_, std::vector<FlatFloats> grads_,
+            std::vector<FlatAny> parameters_)
+        : masters(std::move(masters_)), firsts(std::move(firsts_)), seconds(std::move(seconds_)), grads(std::move(grads_)),
+          parameters(std::move(parameters_)) {
+        const size_t n = masters.size();
+        refuse(firsts.size() != n || seconds.size() != n || grads.size() != n || parameters.size() != n, "as many of each are needed");
+        for (size_t i = 0; i < n; ++i) {
+            const auto type = parameters[i].dtype();
+            const bool narrow = type.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat) && type.bits == 16;
+            const bool wide = type.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float) && type.bits == 32;
+            refuse(!narrow && !wide, "parameters: float32 or bfloat16 is needed");
+            const size_t size = masters[i].size();
+            refuse(firsts[i].size() != size || seconds[i].size() != size || grads[i].size() != size || parameters[i].size() != size,
+                   "the sizes of one tensor differ");
+            tensors.push_back({masters[i].data(), firsts[i].data(), seconds[i].data(), grads[i].data(), static_cast<uint8_t*>(parameters[i].data()),
+                               narrow ? Element::bf16 : Element::f32, size});
+        }
+    }
+
+    double norm(int threads) const {
+        nb::gil_scoped_release release;
+        return gradient_norm(shared_pool(threads), tensors);
+    }
+
+    void step(const std::vector<float>& rates, const std::vector<float>& decays, double factor, double beta1, double beta2, double eps, int steps,
+              int threads) const {
+        refuse(rates.size() != tensors.size() || decays.size() != tensors.size(), "a rate and a decay for each tensor are needed");
+        AdamStep s;
+        s.factor = static_cast<float>(factor);
+        s.beta1 = static_cast<float>(beta1);
+        s.beta2 = static_cast<float>(beta2);
+        s.eps = static_cast<float>(eps);
+        s.correct1 = static_cast<float>(1 - std::pow(beta1, steps));
+        s.correct2 = static_cast<float>(1 - std::pow(beta2, steps));
+        std::vector<AdamStep> all(tensors.size(), s);
+        for (size_t i = 0; i < all.size(); ++i) {
+            all[i].rate = rates[i];
+            all[i].decay = decays[i];
+        }
+        nb::gil_scoped_release release;
+        adamw(shared_pool(threads), tensors, all);
+    }
+};
+
 }  // namespace
 
 void bind_train(nb::module_& m) {
@@ -394,6 +448,11 @@ void bind_train(nb::module_& m) {
         .def_static("dense", &weight_dense, "w"_a)
         .def_static("quant", &weight_quant, "q"_a, "scales"_a, "mins"_a.none(), "bits"_a, "group"_a);
     t.def("frozen", &frozen, "x"_a, "weights"_a, "lows"_a, "ups"_a, "out"_a, "residual"_a.none(), "whole"_a, "threads"_a);
+    nb::class_<PyAdamW>(t, "AdamW", "AdamW over tensors that stay where they are.")
+        .def(nb::init<std::vector<FlatFloats>, std::vector<FlatFloats>, std::vector<FlatFloats>, std::vector<FlatFloats>, std::vector<FlatAny>>(), "masters"_a,
+             "firsts"_a, "seconds"_a, "grads"_a, "parameters"_a)
+        .def("norm", &PyAdamW::norm, "threads"_a)
+        .def("step", &PyAdamW::step, "rates"_a, "decays"_a, "factor"_a, "beta1"_a, "beta2"_a, "eps"_a, "steps"_a, "threads"_a);
     t.def("frozen_backward", &frozen_backward, "dy"_a, "weights"_a, "low"_a.none(), "down"_a.none(), "dx"_a, "whole"_a, "threads"_a);
 }
 

@@ -1,6 +1,7 @@
 #include "train.h"
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "linear.h"
@@ -100,6 +101,52 @@ void attend_documents(Pool& pool, const AttendBatch& b, bool backward) {
             }
         }
     });
+}
+
+namespace {
+
+constexpr size_t SHARE = 16384;  // weights that a thread takes at once
+
+struct Share {
+    size_t tensor, from;
+    int count;
+};
+
+std::vector<Share> shares_of(const std::vector<AdamTensor>& tensors) {
+    std::vector<Share> shares;
+    for (size_t i = 0; i < tensors.size(); ++i) {
+        for (size_t from = 0; from < tensors[i].size; from += SHARE) shares.push_back({i, from, static_cast<int>(std::min(SHARE, tensors[i].size - from))});
+    }
+    return shares;
+}
+
+}  // namespace
+
+void adamw(Pool& pool, const std::vector<AdamTensor>& tensors, const std::vector<AdamStep>& steps) {
+    const std::vector<Share> shares = shares_of(tensors);
+    pool.run([&](Worker& me) {
+        for (int i = me.next(); i < static_cast<int>(shares.size()); i = me.next()) {
+            const Share& share = shares[static_cast<size_t>(i)];
+            const AdamTensor& t = tensors[share.tensor];
+            train_kernels(t.type).adamw(t.master + share.from, t.first + share.from, t.second + share.from, t.grad + share.from,
+                                        t.parameter + share.from * (t.type == Element::bf16 ? 2 : 4), share.count, steps[share.tensor]);
+        }
+    });
+}
+
+double gradient_norm(Pool& pool, const std::vector<AdamTensor>& tensors) {
+    const std::vector<Share> shares = shares_of(tensors);
+    std::vector<double> parts(shares.size());
+    const auto squares = train_kernels(Element::f32).squares;
+    pool.run([&](Worker& me) {
+        for (int i = me.next(); i < static_cast<int>(shares.size()); i = me.next()) {
+            const Share& share = shares[static_cast<size_t>(i)];
+            parts[static_cast<size_t>(i)] = squares(tensors[share.tensor].grad + share.from, share.count);
+        }
+    });
+    double total = 0;
+    for (const double part : parts) total += part;
+    return std::sqrt(total);
 }
 
 }  // namespace criadero

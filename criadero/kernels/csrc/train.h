@@ -28,6 +28,13 @@ struct AttendDocument {
     const AttendDocument* next = nullptr;  // probably computed after this one, to be asked for ahead
 };
 
+// One step of AdamW (arXiv 1711.05101) for one tensor
+struct AdamStep {
+    float factor = 1, beta1 = 0, beta2 = 0, eps = 0;
+    float correct1 = 1, correct2 = 1;  // 1 - beta^steps
+    float rate = 0, decay = 0;
+};
+
 struct TrainKernels {
     // y = x * r * w, r = 1 / sqrt(mean(x^2) + eps), which is returned (arXiv 1910.07467)
     float (*norm)(const void* x, const float* w, float eps, int n, void* y);
@@ -41,6 +48,9 @@ struct TrainKernels {
     float (*cross_entropy)(void* logits, int n, int target, bool backward);
     void (*attend)(const AttendDocument& task, float* room);
     void (*attend_backward)(const AttendDocument& task, float* room);
+    // n weights: the master and its two averages by factor * grad, which becomes 0; the parameter is the master, rounded
+    void (*adamw)(float* master, float* first, float* second, float* grad, void* parameter, int n, const AdamStep& s);
+    double (*squares)(const float* x, int n);  // their sum
 };
 
 size_t train_attend_room(int tokens, int head_dim, bool backward);  // floats
@@ -68,6 +78,17 @@ struct AttendBatch {
     Element type = Element::f32;
 };
 void attend_documents(Pool& pool, const AttendBatch& batch, bool backward);
+
+// --- the optimizer ---
+
+struct AdamTensor {
+    float *master = nullptr, *first = nullptr, *second = nullptr, *grad = nullptr;
+    uint8_t* parameter = nullptr;
+    Element type = Element::f32;  // of the parameter
+    size_t size = 0;
+};
+void adamw(Pool& pool, const std::vector<AdamTensor>& tensors, const std::vector<AdamStep>& steps);
+double gradient_norm(Pool& pool, const std::vector<AdamTensor>& tensors);  // of all together; the number of threads changes no bit
 
 // --- products ---
 

@@ -78,6 +78,7 @@ inline vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
 inline vf sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
 inline vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 inline vf divide(vf a, vf b) { return _mm512_div_ps(a, b); }
+inline vf root(vf a) { return _mm512_sqrt_ps(a); }
 inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 inline vf maximum(vf a, vf b) { return _mm512_max_ps(a, b); }
 inline vf minimum(vf a, vf b) { return _mm512_min_ps(a, b); }
@@ -107,6 +108,7 @@ inline vf add(vf a, vf b) { return _mm256_add_ps(a, b); }
 inline vf sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
 inline vf mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 inline vf divide(vf a, vf b) { return _mm256_div_ps(a, b); }
+inline vf root(vf a) { return _mm256_sqrt_ps(a); }
 inline vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 inline vf maximum(vf a, vf b) { return _mm256_max_ps(a, b); }
 inline vf minimum(vf a, vf b) { return _mm256_min_ps(a, b); }
@@ -152,6 +154,7 @@ inline vf add(vf a, vf b) { return vaddq_f32(a, b); }
 inline vf sub(vf a, vf b) { return vsubq_f32(a, b); }
 inline vf mul(vf a, vf b) { return vmulq_f32(a, b); }
 inline vf divide(vf a, vf b) { return vdivq_f32(a, b); }
+inline vf root(vf a) { return vsqrtq_f32(a); }
 inline vf fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
 inline vf maximum(vf a, vf b) { return vmaxq_f32(a, b); }
 inline vf minimum(vf a, vf b) { return vminq_f32(a, b); }
@@ -185,6 +188,7 @@ inline vf add(vf a, vf b) { VEC_EACH(a.x[i] + b.x[i]); }
 inline vf sub(vf a, vf b) { VEC_EACH(a.x[i] - b.x[i]); }
 inline vf mul(vf a, vf b) { VEC_EACH(a.x[i] * b.x[i]); }
 inline vf divide(vf a, vf b) { VEC_EACH(a.x[i] / b.x[i]); }
+inline vf root(vf a) { VEC_EACH(sqrtf(a.x[i])); }
 // two roundings here (the file must be compiled with -ffp-contract=off): fmaf without the instruction is a slow call
 inline vf fma(vf a, vf b, vf c) { VEC_EACH(a.x[i] * b.x[i] + c.x[i]); }
 inline vf maximum(vf a, vf b) { VEC_EACH(a.x[i] > b.x[i] ? a.x[i] : b.x[i]); }  // of a NaN: b, as x86 does
