@@ -230,6 +230,21 @@ def test_a_product_of_more_columns_than_are_packed_at_once(across: tuple[bool, b
     near(out, want, torch.float32)
 
 
+@pytest.mark.parametrize("across", [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_deep_product_is_the_sum_of_its_parts(across: tuple[bool, bool], dtype: torch.dtype) -> None:
+    a, b, residual = draw(0, 9, 33000, dtype=dtype), draw(1, 33000, 40, dtype=dtype), draw(2, 9, 40, dtype=dtype)
+    want, out, rows = a.double() @ b.double(), torch.empty(9, 40, dtype=dtype), torch.empty(9, 40)
+    a, b = a.t().contiguous() if across[0] else a, b.t().contiguous() if across[1] else b
+    ours.product(a, b, out, residual, *across, False, 2)
+    error = float((out.double() - residual.double() - want).norm() / want.norm())
+    assert error < max(5e-6, TOLERANCE[dtype])
+    ours.product(a, b, rows, None, *across, False, 2)
+    once = rows.clone()
+    ours.product(a, b, rows, None, *across, True, 1)
+    assert torch.equal(rows, once * 2)
+
+
 @pytest.mark.parametrize("shape", [(400, 130, 70), (400, 130, 1100)])
 def test_how_many_rows_are_computed_together_changes_no_bit(shape: tuple[int, int, int]) -> None:
     """Few rows and many are cut up in other ways; a row must not tell which."""

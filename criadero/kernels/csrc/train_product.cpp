@@ -36,6 +36,7 @@ constexpr int DEPTH = 512;             // of a bit of b: with the columns of a p
 constexpr size_t HELD = 768u << 10;    // bytes of packed a, about, that a thread goes over all panels of b with: they stay there too
 constexpr size_t PACKED = 16u << 20;   // bytes of packed b, about, at once
 constexpr size_t ROWS_PACKED = 48u << 20;  // the same of packed a, where threads take columns
+constexpr int DEEPEST = 16384;         // what is deeper is computed in parts of this depth
 constexpr size_t TILES = 384u << 10;   // bytes of built tiles, about, that a thread goes over all rows with
 
 size_t up(size_t n, size_t step) { return (n + step - 1) / step * step; }
@@ -435,6 +436,39 @@ void compute_whole(Pool& pool, const std::vector<Product>& products, const Reade
     });
 }
 
+// Depth [k, k + count) of a dense operand; `first`: the depth runs along its rows
+Lying part_of(Lying w, bool first, int k, int count) {
+    w.data += static_cast<size_t>(k) * (first ? w.stride : w.form == Form::f32 ? 4 : 2);
+    (first ? w.rows : w.columns) = count;
+    return w;
+}
+
+bool dense(const Lying& w) { return w.form == Form::f32 || w.form == Form::bf16; }
+
+// A product so deep (the gradient of what the output layer reads: over the vocabulary) that a would have to be packed a few rows at a
+// time, and b for each of these: part by part of the depth, summed up in f32.
+void compute_deep(Pool& pool, const Product& whole) {
+    static thread_local Buffer buffer;
+    const size_t n = static_cast<size_t>(whole.n);
+    buffer.reserve(static_cast<size_t>(whole.m) * n * 4);
+    float* const sums = buffer.as<float>();
+    const Term& t = whole.terms[0];
+    for (int k = 0; k < t.depth(); k += DEEPEST) {
+        const int count = std::min(DEEPEST, t.depth() - k);
+        Product part;
+        part.terms.push_back({part_of(t.a, t.a_across, k, count), part_of(t.b, !t.b_across, k, count), t.a_across, t.b_across, false});
+        part.m = whole.m;
+        part.n = whole.n;
+        part.out = reinterpret_cast<uint8_t*>(sums);
+        part.out_stride = n * 4;
+        part.add = k > 0;
+        compute(pool, {part});
+    }
+    pool.run([&](Worker& me) {
+        for (int m = me.first(whole.m); m < me.last(whole.m); ++m) finish_row(product_kernels(), whole, m, 0, whole.n, sums + static_cast<size_t>(m) * n);
+    });
+}
+
 }  // namespace
 
 void compute(Pool& pool, const std::vector<Product>& products) {
@@ -443,6 +477,10 @@ void compute(Pool& pool, const std::vector<Product>& products) {
     const Readers readers(products);
     for (const Term* t : readers.different) {
         if (t->whole) return compute_whole(pool, products, readers, rows);
+    }
+    if (products.size() == 1 && products[0].terms.size() == 1) {
+        const Term& t = products[0].terms[0];
+        if (t.depth() > DEEPEST && dense(t.a) && dense(t.b)) return compute_deep(pool, products[0]);
     }
     // Packed b is written to memory and read again, or packed a and the sums are: whichever is less, of some shapes measured
     double depth = 0, columns = 0;
