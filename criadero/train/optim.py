@@ -123,7 +123,7 @@ class Optimizer:
     def _known(self) -> tuple[list[str], Any]:
         """The names of the tensors that AdamW has, and the kernels' object over them, made again when one of them has moved."""
         names = [name for name in self.masters if name not in self.muon]
-        parts = [self.masters, self.first, self.second, self.grads, self.parameters]
+        parts: list[dict[str, Any]] = [self.masters, self.first, self.second, self.grads, self.parameters]
         at = [part[name].data_ptr() for part in parts for name in names]
         if at != self._compiled[0]:
             module = native()
