@@ -462,7 +462,9 @@ class _Loss(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if backward else None
         d_weight = torch.zeros_like(weight, dtype=wide) if backward and ctx.needs_input_grad[2] else None
         parts = max(1, -(-len(hidden) // chunk_rows(len(weight))))
-        rows = max(1, -(-len(hidden) // parts))  # as equal as can be: a few rows alone would pack the whole weight for themselves
+        rows = max(
+            1, -(-len(hidden) // parts)
+        )  # as equal as can be: a few rows alone would pack the whole weight for themselves
         buffer = hidden.new_empty(rows, len(weight))
         whole = at.whole_head and backward and d_weight is None
         frozen = [at.kernels.Weight.dense(weight)] if whole else []
