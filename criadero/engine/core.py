@@ -205,9 +205,8 @@ class Engine:
                     for sequence, _ in work:
                         self._ready.append(self._fail(sequence, Output(sequence.id, sequence.index), "the step failed"))
                     raise
-                if (
-                    logits is not None and self.tokenizer is not None
-                ):  # tables may have rows beyond the vocabulary: no text belongs to them
+                # tables may have rows beyond the vocabulary: no text belongs to them
+                if logits is not None and self.tokenizer is not None:
                     logits[:, self.tokenizer.vocab_size :] = -np.inf
                 first = 0
                 for (sequence, count), wanted in zip(work, rows, strict=True):

@@ -94,9 +94,11 @@ class Optimizer:
         factor = min(1.0, clip / (norm + 1e-6)) / divide_by if clip > 0 else 1.0 / divide_by
         self.steps += 1
         beta1, beta2 = self.betas
-        done = (
-            self._fused_adamw(lr, factor) if self.fused else self._compiled_adamw(lr, factor) if self.kernels else set()
-        )
+        done: set[str] = set()
+        if self.fused:
+            done = self._fused_adamw(lr, factor)
+        elif self.kernels:
+            done = self._compiled_adamw(lr, factor)
         correct1, correct2 = 1 - beta1**self.steps, 1 - beta2**self.steps
         for name, master in self.masters.items():
             if name in done:

@@ -229,11 +229,6 @@ inline void tiles(const float* a, size_t rs, size_t ks, int k0, int k1, const fl
     }
 }
 
-inline void four_rows(const float* a, size_t rs, size_t ks, int k0, int k1, const float* b, size_t ldb, int columns, float* c, size_t ldc,
-                      bool more) {
-    tiles<4>(a, rs, ks, k0, k1, b, ldb, columns, c, ldc, more);
-}
-
 // A head's vector of one token, rotated and scaled, in f32; then zeros up to `padded`
 template <class T>
 inline void load_rotated(const T* p, const float* cosine, const float* sine, int dim, int padded, float scale, float* to) {
@@ -493,7 +488,7 @@ void attend_backward(const AttendDocument& t, float* room) {
     }
 }
 
-// In the order of torch's own loop over the tensors (train/optim.py), its slow twin
+// As the loop in train/optim.py, its slow twin, up to rounding
 template <class T>
 void adamw(float* master, float* first, float* second, float* grad, void* parameter, int n, const AdamStep& s) {
     T* p = (T*)parameter;

@@ -482,7 +482,7 @@ void compute(Pool& pool, const std::vector<Product>& products) {
         const Term& t = products[0].terms[0];
         if (t.depth() > DEEPEST && dense(t.a) && dense(t.b)) return compute_deep(pool, products[0]);
     }
-    // Packed b is written to memory and read again, or packed a and the sums are: whichever is less, of some shapes measured
+    // Packed b is written to memory and read again, or packed a and the sums are: whichever is less. The factor is measured (docs/log.md).
     double depth = 0, columns = 0;
     for (const Term* t : readers.different) depth += t->depth();
     for (const Product& p : products) columns += p.n;

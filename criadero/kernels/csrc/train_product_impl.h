@@ -10,7 +10,7 @@
 namespace criadero {
 namespace {
 
-constexpr int ROWS = 6;  // with WIDE vectors of columns, as many sums as the registers hold
+constexpr int ROWS = TALL;
 
 inline float number(const void* table, bool half, size_t i) { return half ? half_to_float(((const uint16_t*)table)[i]) : ((const float*)table)[i]; }
 
@@ -150,46 +150,13 @@ void pack_b(const Lying& b, bool across, int n, int columns, int width, int k, i
     }
 }
 
-template <int NV>
-inline void panel_of(const float* a, size_t rs, size_t ks, const float* b, int depth, float* sums, size_t stride, bool more) {
-    vf s[ROWS][NV];
-#pragma GCC unroll 6
-    for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) s[r][j] = more ? load(sums + r * stride + j * W) : zero();
-    }
-    for (int k = 0; k < depth; ++k, a += ks, b += NV * W) {
-        vf v[NV];
-#pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) v[j] = load(b + j * W);
-#pragma GCC unroll 6
-        for (int r = 0; r < ROWS; ++r) {
-            const vf x = set1(a[r * rs]);
-#pragma GCC unroll 4
-            for (int j = 0; j < NV; ++j) s[r][j] = fma(x, v[j], s[r][j]);
-        }
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) store(sums + r * stride + j * W, s[r][j]);
-    }
-}
-
 void panel(const float* a, size_t rs, size_t ks, const float* b, int depth, int width, float* sums, size_t stride, bool more) {
-    switch (width / W) {
-        case 1: return panel_of<1>(a, rs, ks, b, depth, sums, stride, more);
-        case 2: return panel_of<2>(a, rs, ks, b, depth, sums, stride, more);
-#if VEC_AVX512 || VEC_NEON
-        case 3: return panel_of<3>(a, rs, ks, b, depth, sums, stride, more);
-        default: return panel_of<4>(a, rs, ks, b, depth, sums, stride, more);
-#endif
-    }
+    tiles<ROWS>(a, rs, ks, 0, depth, b, (size_t)width, width, sums, stride, more);
 }
 
 void thin(const float* a, const float* b, int depth, int width, float* c) {
     for (int r = 0; r < 16; r += 4) {
-        four_rows(a + (size_t)r * depth, (size_t)depth, 1, 0, depth, b, (size_t)width, width, c + (size_t)r * width, (size_t)width, true);
+        tiles<4>(a + (size_t)r * depth, (size_t)depth, 1, 0, depth, b, (size_t)width, width, c + (size_t)r * width, (size_t)width, true);
     }
 }
 
